@@ -1,0 +1,1 @@
+"""Tasks, data, tuning, comparison and reports around curvopt; not part of the installed library."""
