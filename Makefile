@@ -15,14 +15,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
-CODE := curvopt benchmarks tests examples
+CODE := $(wildcard curvopt benchmarks tests examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv bench test test-all lint format docs clean distclean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create or update .venv
 
@@ -38,8 +38,8 @@ $(PY):
 # The stamp is written last: an installation that was interrupted starts over.
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -q -c constraints.txt --no-deps backpack-for-pytorch
 	$(PIP) install -q -c constraints.txt einops unfoldNd -e ".[bench,wandb,tensorboard,optimizers,dev]"
+	$(PIP) install -q -c constraints.txt --no-deps backpack-for-pytorch
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
