@@ -16,9 +16,8 @@ MAX_LINES = 450
 LONG: dict[str, str] = {}
 
 # Put together from pieces, so that this file does not contain what it looks for.
-FORBIDDEN = re.compile(
-    "|".join(["/wo" + "rk/", r"\.lib" + "rary", "fa" + "rm-", r"(developer|agent) ses" + "sion"]), re.I
-)
+WORDS = ["/wo" + "rk/", r"\.lib" + "rary", "fa" + "rm-", r"(developer|agent) ses" + "sion"]
+FORBIDDEN = re.compile("|".join(WORDS), re.IGNORECASE)
 BESIDE = "../sha" + "red"
 
 
@@ -31,6 +30,10 @@ def tracked_files() -> list[Path]:
         hidden = re.compile(r"^(\.venv|\..*_cache|__pycache__|runs|outputs)$")
         paths = [p for p in ROOT.rglob("*") if not any(hidden.match(part) for part in p.relative_to(ROOT).parts)]
     return [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:8000]]
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def modules_of(*folders: str) -> list[Path]:
@@ -46,10 +49,7 @@ STABLE = """
 
 
 def test_no_module_is_too_long():
-    lengths = {
-        str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8", errors="replace").splitlines())
-        for p in modules_of("curvopt")
-    }
+    lengths = {str(p.relative_to(ROOT)): len(text(p).splitlines()) for p in modules_of("curvopt")}
     too_long = {name: n for name, n in lengths.items() if n > MAX_LINES and name not in LONG}
     assert not too_long, f"split these, or list them in LONG with the reason: {too_long}"
     assert all(lengths.get(name, 0) > MAX_LINES for name in LONG), "LONG names a file that is short or gone"
@@ -59,7 +59,7 @@ def test_every_module_says_what_it_is_for():
     # An empty __init__ of a folder has nothing to say.
     silent = []
     for path in modules_of("curvopt", "benchmarks"):
-        source = path.read_text(encoding="utf-8", errors="replace")
+        source = text(path)
         if source.strip() and not ast.get_docstring(ast.parse(source)):
             silent.append(str(path.relative_to(ROOT)))
     assert silent == []
@@ -90,16 +90,14 @@ def test_every_public_name_has_a_docstring():
 def test_no_file_names_the_place_where_it_was_written():
     found = []
     for path in tracked_files():
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(text(path).splitlines(), 1):
             if match := FORBIDDEN.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
     assert found == []
 
 
 def test_only_continuous_integration_knows_where_its_data_lie():
-    named = [
-        str(p.relative_to(ROOT)) for p in tracked_files() if BESIDE in p.read_text(encoding="utf-8", errors="replace")
-    ]
+    named = [str(p.relative_to(ROOT)) for p in tracked_files() if BESIDE in text(p)]
     assert named == [".ci/run"]
 
 

@@ -132,7 +132,7 @@ def test_every_layer_has_a_level():
         ("curvopt.zoo.registry", "def f():\n    import benchmarks.tasks", "neither torch, numpy"),
         (
             "curvopt.zoo.registry",
-            "try:\n    import torch_optimizer\nexcept ImportError:\n    pass",
+            "try:\n    import torch_optimizer\nfinally:\n    pass",
             "inside the function",
         ),
         ("curvopt.curvature.backpack", "class A:\n    from backpack import extend", "inside the function"),
