@@ -1,0 +1,276 @@
+"""Evaluating a user's model without leaving a trace on it.
+
+What a forward or backward pass may move, and how each is kept still:
+
+- **Buffers** (BatchNorm statistics, counters): each module's ``_buffers`` holds clones for the length of a pass, and
+  the original objects afterwards, so a graph that outlives the pass keeps the clones.
+- **Tensors set as attributes by a forward pass** (the old ``weight_norm``, cached activations): put back.
+- **Random numbers**: torch's CPU generator and the one of the parameters' CUDA device are saved, seeded for the pass
+  and restored. ``everything=True`` (reading data, calling closures) does the same for Python's and numpy's.
+- **Training flags**: saved for each module apart. ``.grad``: never used, because gradients come from ``autograd.grad``.
+- **Gradient hooks** of parameters and full backward hooks of modules: suspended, since they would fire in passes that
+  are not the user's. Forward hooks are part of the model and do run.
+- **Kernels without a second derivative**: fused attention is replaced by the maths kernel, cuDNN's recurrent layers by
+  the native ones, compiled code by eager code. Autocast is off: second derivatives of half-precision passes are
+  unsymmetric to 1e-4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvopt._errors import CurvatureError
+
+Buffers = list[tuple[nn.Module, dict[str, Tensor | None]]]
+
+
+def mixed_seed(*parts: object) -> int:
+    """A 63-bit seed from any parts, the same in every process (``hash`` is not)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def forked_rng(device: torch.device, seed: int, everything: bool = False) -> Iterator[None]:
+    """Seed the generators for the block and restore them after it.
+
+    torch's CPU generator and ``device``'s are covered, and with ``everything`` Python's and numpy's global ones too.
+    """
+    # torch.manual_seed would also seed every other accelerator, for which nothing is saved here
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    python_state = random.getstate() if everything else None
+    numpy_state = np.random.get_state() if everything else None
+    try:
+        torch.default_generator.manual_seed(seed)
+        if cuda_state is not None:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+        if everything:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+        if everything:
+            random.setstate(python_state)  # type: ignore[arg-type]
+            np.random.set_state(numpy_state)  # type: ignore[arg-type]
+
+
+def refuse_inference_mode() -> None:
+    """Raise inside ``torch.inference_mode()``, where no derivative exists, whatever the grad mode."""
+    if torch.is_inference_mode_enabled():
+        raise CurvatureError(
+            "curvature can't be computed inside torch.inference_mode(): its tensors have no derivatives; "
+            "use torch.no_grad() there, or leave inference mode first"
+        )
+
+
+def all_modules(roots: Iterable[object]) -> list[nn.Module]:
+    """Every module below the roots, each once; roots that are no modules are passed over."""
+    found: dict[int, nn.Module] = {}
+    for root in roots:
+        if isinstance(root, nn.Module):
+            for module in root.modules():
+                found.setdefault(id(module), module)
+    return list(found.values())
+
+
+@contextmanager
+def gradient_hooks_suspended(params: Sequence[Tensor]) -> Iterator[None]:
+    """Empty the parameters' hook dictionaries for the block: the dictionaries stay, so handles stay valid."""
+    stored: list[tuple[dict[int, Any], list[tuple[int, Any]]]] = []
+    for p in params:
+        hooks = p._backward_hooks
+        if hooks:
+            stored.append((hooks, list(hooks.items())))  # type: ignore[arg-type]
+            hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, items in stored:
+            hooks.update(items)
+
+
+@contextmanager
+def _module_hooks_suspended(modules: Sequence[nn.Module]) -> Iterator[None]:
+    stored = []
+    for module in modules:
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            if hooks:
+                stored.append((hooks, list(hooks.items())))
+                hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, items in stored:
+            hooks.update(items)
+
+
+def _cloned_buffers(modules: Sequence[nn.Module]) -> Buffers:
+    clones: dict[int, Tensor] = {}
+    out: Buffers = []
+    for module in modules:
+        if not module._buffers:
+            continue
+        entry: dict[str, Tensor | None] = {}
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in clones:
+                clones[id(buffer)] = buffer.detach().clone().requires_grad_(buffer.requires_grad)
+            entry[name] = None if buffer is None else clones[id(buffer)]
+        out.append((module, entry))
+    return out
+
+
+@contextmanager
+def swapped_buffers(buffers: Buffers) -> Iterator[None]:
+    """Let modules see other buffers for the block; their own objects come back, whatever the block assigned."""
+    own = [(module._buffers, dict(module._buffers)) for module, _ in buffers]
+    for module, entry in buffers:
+        module._buffers.update(entry)
+    try:
+        yield
+    finally:
+        for place, entry in own:
+            place.clear()
+            place.update(entry)
+
+
+@contextmanager
+def _tensor_attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    before = [{k: v for k, v in vars(module).items() if isinstance(v, Tensor)} for module in modules]
+    try:
+        yield
+    finally:
+        for module, entry in zip(modules, before, strict=True):
+            attributes = vars(module)
+            for name in [k for k, v in attributes.items() if isinstance(v, Tensor) and k not in entry]:
+                del attributes[name]
+            for name, value in entry.items():
+                if attributes.get(name) is not value:
+                    attributes[name] = value
+
+
+@contextmanager
+def _modes(model: nn.Module, modules: Sequence[nn.Module], mode: str | None) -> Iterator[None]:
+    flags = [module.training for module in modules]
+    try:
+        if mode is not None:
+            model.train(mode == "train")  # the model's own train(): it may hold some layers back on purpose
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training != flag:
+                module.training = flag
+
+
+@contextmanager
+def differentiable_kernels(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Kernels with second derivatives, eager code and no autocast."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def quiet_forward(
+    model: nn.Module,
+    others: Sequence[object],
+    params: Sequence[Tensor],
+    device: torch.device,
+    seed: int,
+    mode: str | None = None,
+    grad: bool = True,
+) -> Iterator[Buffers]:
+    """Context of one forward pass and of backward passes made inside it.
+
+    Args:
+        model: the module that is evaluated.
+        others: further modules (the loss) whose buffers are covered.
+        params: the tensors that are differentiated; their gradient hooks are suspended.
+        device: where the parameters are.
+        seed: of the generators, so that masks repeat.
+        mode: "train", "eval", or None for the modules' own flags.
+        grad: record a graph.
+
+    Yields:
+        The buffers that the pass sees, for ``quiet_backward``.
+
+    Raises:
+        CurvatureError: inside ``torch.inference_mode()``.
+    """
+    refuse_inference_mode()
+    modules = all_modules((model, *others))
+    buffers = _cloned_buffers(modules)
+    with ExitStack() as stack:
+        stack.enter_context(forked_rng(device, seed))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(_modes(model, modules, mode))
+        stack.enter_context(swapped_buffers(buffers))
+        stack.enter_context(_tensor_attributes_kept(modules))
+        stack.enter_context(_module_hooks_suspended(modules))
+        stack.enter_context(gradient_hooks_suspended(params))
+        stack.enter_context(differentiable_kernels(modules, device))
+        yield buffers
+
+
+@contextmanager
+def quiet_backward(
+    params: Sequence[Tensor], device: torch.device, buffers: Buffers, modules: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Context of a later backward pass through a kept graph.
+
+    Checkpointed parts run forward again in it, hence the buffers and kernels of the forward pass.
+    """
+    refuse_inference_mode()
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(swapped_buffers(buffers))
+        stack.enter_context(gradient_hooks_suspended(params))
+        stack.enter_context(differentiable_kernels(modules, device))
+        yield
+
+
+@contextmanager
+def substituted(roots: Sequence[object], old: Sequence[Tensor], new: Sequence[Tensor]) -> Iterator[None]:
+    """Let every module below the roots see ``new`` tensors in the place of its ``old`` parameters.
+
+    The parameters themselves are not written to, so graphs that hold them and their hooks stay as they are.
+    """
+    table = {id(o): n for o, n in zip(old, new, strict=True)}
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
+    try:
+        for module in all_modules(roots):
+            for name, p in list(module._parameters.items()):
+                if id(p) in table:
+                    places.append((module._parameters, name, p))
+                    module._parameters[name] = table[id(p)]  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):  # recurrent layers read their weights from a list of their own
+                recurrent.append((module, module._flat_weights))
+                module.__dict__["_flat_weights"] = [table.get(id(w), w) for w in module._flat_weights]
+        yield
+    finally:
+        for place, name, p in places:
+            place[name] = p
+        for module, weights in recurrent:
+            module.__dict__["_flat_weights"] = weights
