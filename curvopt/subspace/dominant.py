@@ -1,0 +1,515 @@
+"""DominantSubspace: the cached eigenbasis, its evidence, and how it is brought up to date."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from curvopt._errors import GapWarning, NonFiniteError, RankWarning, RefreshWarning
+from curvopt._params import ParameterLayout
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.linalg.eigsh import eigsh
+from curvopt.linalg.ritz import power_image
+
+# A block power step shrinks the error by (lambda_{k+1}/lambda_k)^2; below this gap Krylov is cheaper.
+_IMAGE_GAP = 1.3
+# A basis that turned further than this since the last refresh is not worth one power step alone.
+_IMAGE_OVERLAP = 0.7
+_NO_GAP = 1.1
+
+Cutoff = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What one refresh did.
+
+    Attributes:
+        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos).
+        matvecs: products spent.
+        overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
+        converged: every wanted pair met the tolerance (an image is not tested and counts as converged).
+        reason: the solver's words.
+    """
+
+    kind: Literal["cold", "image", "krylov"]
+    matvecs: int
+    overlap: float
+    converged: bool
+    reason: str
+
+
+@dataclass
+class _Solution:
+    rows: Tensor  # (k, P_g), orthonormal, zero beyond the live ones
+    values: Tensor  # (k,) float64 on the CPU
+    residuals: Tensor  # (k,) float64 on the CPU
+    probe: Tensor | None  # (P_g,)
+    next_value: float
+    kind: Literal["cold", "image", "krylov"]
+    converged: bool
+    reason: str
+
+
+class DominantSubspace:
+    """The k leading eigenvectors of a curvature operator, cached as one contiguous (k, \\*p.shape) block a parameter.
+
+    One pair more than k is carried along: it shows whether the spectrum has a gap at k, and lets a new leader in
+    that the old basis cannot see.
+
+    Args:
+        operator: what is multiplied; may be given later (``.operator = ...``) if ``parameters`` is.
+        rank: k, or with ``adaptive`` the most rows that are kept.
+        parameters: layout of the flat index; the operator's own by default.
+        layout: ``"whole"``, one basis over all parameters, or ``"layer"``, one of rank k a layer.
+        adaptive: keep only the eigenvalues above the cutoff given to ``refresh``; the other rows are zero.
+        dtype: of the cached basis; the operator's by default.
+        tol: relative residual that a Krylov refresh aims at.
+        max_matvecs: cap on the products of one refresh and layer; 4k + 20 by default.
+        seed: of start vectors.
+
+    Attributes:
+        age: steps since the last refresh, counted by whoever takes the steps.
+        refreshes: successful refreshes so far.
+        matvecs: products spent so far.
+        overlap: of the last two bases, NaN before the second refresh.
+        reason: the last refresh in words.
+
+    Raises:
+        ValueError: rank below 1 or above the number of parameters, an unknown layout, no layout to be had.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator | None,
+        rank: int,
+        *,
+        parameters: ParameterLayout | None = None,
+        layout: str = "whole",
+        adaptive: bool = False,
+        dtype: torch.dtype | None = None,
+        tol: float = 1e-2,
+        max_matvecs: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        known = parameters if parameters is not None else operator.layout if operator is not None else None
+        if known is None:
+            raise ValueError("the operator has no parameter layout; give parameters=ParameterLayout([...])")
+        if layout not in ("whole", "layer"):
+            raise ValueError(f"layout must be 'whole' or 'layer', got {layout!r}")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if rank > known.total:
+            raise ValueError(f"rank={rank} is larger than the number of parameters under the operator, {known.total}")
+        if max_matvecs is not None and max_matvecs < rank:
+            raise ValueError(f"max_matvecs={max_matvecs} is below rank={rank}; a refresh needs at least one product a vector")
+        self.operator = operator
+        self.parameters = known
+        self.rank = rank
+        self.layout = layout
+        self.adaptive = adaptive
+        self.tol = tol
+        self.max_matvecs = 4 * rank + 20 if max_matvecs is None else max_matvecs
+        self.seed = seed
+        self.age = 0
+        self.refreshes = 0
+        self.attempts = 0
+        self.matvecs = 0
+        self.overlap = math.nan
+        self.reason = "never refreshed"
+        self.dtype = known.dtype if dtype is None else dtype
+        self._groups: list[list[int]] | None = [list(range(len(known)))] if layout == "whole" else None
+        self._layers: list[SymmetricOperator] | None = None
+        if operator is not None:
+            self._find_layers()
+        self.blocks = [self._zeros((rank, *shape)) for shape in known.shapes]
+        self.probes = [self._zeros(tuple(shape)) for shape in known.shapes]
+        self._reset_spectrum()
+        self._gap_warned = False
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.parameters.device)
+
+    def _reset_spectrum(self) -> None:
+        shape = (len(self.groups), self.rank)
+        self._values = torch.zeros(shape, dtype=torch.float64)
+        self._residuals = torch.full(shape, math.inf, dtype=torch.float64)
+        self._next = torch.zeros(shape[0], dtype=torch.float64)
+        self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64)
+
+    def _find_layers(self) -> None:
+        if self.layout == "whole" or self.operator is None:
+            return
+        layers = getattr(self.operator, "layers", None)
+        if layers is None:
+            raise ValueError("layout='layer' needs an operator with layers() (Hessian, GGN); this one has none")
+        index = self.parameters.index()
+        self._layers = list(layers().values())
+        self._groups = [[index[id(p)] for p in op.layout.params] for op in self._layers]  # type: ignore[union-attr]
+
+    def attach(self, operator: SymmetricOperator) -> None:
+        """Put an operator over the same parameters in the place of the present one."""
+        self.operator = operator
+        self._layers = None
+        self._find_layers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the operator: it holds the model and the data."""
+        return {**self.__dict__, "operator": None, "_layers": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DominantSubspace:
+        """Copy with the operator."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for key, value in self.__dict__.items():
+            setattr(twin, key, copy.deepcopy(value, memo))
+        return twin
+
+    # ---- what is cached
+    @property
+    def groups(self) -> list[list[int]]:
+        """Positions of the parameters that share one basis: all of them, or one list a layer."""
+        if self._groups is None:
+            raise ValueError("layout='layer' needs its operator before it is used")
+        return self._groups
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a basis at all."""
+        return self.refreshes > 0
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Ritz values (k,), or (layers, k); float64 on the CPU; zero where a row is not live."""
+        return self._values[0] if self.layout == "whole" else self._values
+
+    @property
+    def residual_norms(self) -> Tensor:
+        """``||A v_i - lambda_i v_i||`` in the form of ``eigenvalues``; after an image, of the vectors it started from."""
+        return self._residuals[0] if self.layout == "whole" else self._residuals
+
+    @property
+    def live(self) -> int:
+        """Rows that hold an eigenvector; the others are zero (summed over layers)."""
+        return int((self._values > 0).sum())
+
+    @property
+    def gap(self) -> float:
+        """``lambda_k / lambda_{k+1}`` (the smallest over layers); infinite where the next value is not positive."""
+        last, following = self._values[:, -1], self._next
+        return float(torch.where(following > 0, last / following.clamp_min(1e-300), math.inf).min())
+
+    @property
+    def basis(self) -> Tensor:
+        """(P, k), columns in the order of ``eigenvalues``; a copy. Per layer: (P, layers * k), zero outside the layer."""
+        pieces = []
+        for group in self.groups:
+            rows = torch.zeros(self.rank, self.parameters.total, dtype=self.dtype, device=self.parameters.device)
+            for i in group:
+                start = self.parameters.offsets[i]
+                rows[:, start : start + self.parameters.sizes[i]] = self.blocks[i].reshape(self.rank, -1)
+            pieces.append(rows)
+        return torch.cat(pieces).T
+
+    def _rows(self, group: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.blocks[i].reshape(self.rank, -1) for i in group], dim=1).to(dtype)
+
+    def _probe(self, group: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.probes[i].reshape(-1) for i in group]).to(dtype)
+
+    # ---- projecting
+    @overload
+    def project(self, update: Tensor) -> Tensor: ...
+    @overload
+    def project(self, update: list[Tensor]) -> list[Tensor]: ...
+    def project(self, update: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """``P_k u`` for a vector (P,) or a list of tensors shaped like the parameters."""
+        if isinstance(update, Tensor):
+            return self.parameters.flatten(self.project(self.parameters.views(update)))
+        out: list[Tensor] = [torch.zeros_like(u) for u in update]
+        for group in self.groups:
+            rows = [self.blocks[i].reshape(self.rank, -1).to(update[i].dtype) for i in group]
+            c = torch.stack([r @ update[i].reshape(-1) for r, i in zip(rows, group, strict=True)]).sum(0)
+            for r, i in zip(rows, group, strict=True):
+                out[i] = (c @ r).view(update[i].shape)
+        return out
+
+    def split(self, update: Tensor) -> tuple[Tensor, Tensor]:
+        """(dominant, bulk) parts of a vector (P,); their sum is ``update``."""
+        dominant = self.project(update)
+        return dominant, update - dominant
+
+    # ---- refreshing
+    def refresh(self, *, cold: bool = False, cutoff: Cutoff | None = None) -> RefreshReport:
+        """Bring the basis up to date at the parameters' present values; nothing changes if anything raises.
+
+        Args:
+            cold: start from noise even when a basis is cached.
+            cutoff: for an adaptive rank, maps candidate rows (m, P_g) and the positions of their parameters to the
+                smallest eigenvalue (m,) that is kept.
+
+        Raises:
+            ValueError: no operator; adaptive without ``cutoff``.
+            NonFiniteError: the curvature is NaN or infinite.
+            CurvatureError: a product can't be computed.
+        """
+        if self.operator is None:
+            raise ValueError("no curvature operator is attached (pickling drops it): set .operator to one before refreshing")
+        if self.adaptive and cutoff is None:
+            raise ValueError("an adaptive rank needs cutoff")
+        self.attempts += 1
+        self.operator.renew(self.attempts)
+        if self._layers is None and self.layout == "layer":
+            self._find_layers()
+        before = self.operator.matvecs if self._layers is None else sum(op.matvecs for op in self._layers)
+        solutions = []
+        with self.operator.hold():
+            for g, group in enumerate(self.groups):
+                operator = self.operator if self._layers is None else self._layers[g]
+                solutions.append(self._solve(g, group, operator, cold, cutoff))
+        after = self.operator.matvecs if self._layers is None else sum(op.matvecs for op in self._layers)
+        return self._commit(solutions, after - before)
+
+    def _solve(
+        self, g: int, group: list[int], operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None
+    ) -> _Solution:
+        size = operator.shape[0]
+        k = min(self.rank, size)
+        live = int((self._values[g] > 0).sum())
+        warm = self.ready and not cold and live > 0
+        old = self._rows(group, operator.dtype)[:live] if warm else None
+        if cutoff is not None:
+            solution = self._adaptive(operator, group, old, k, cutoff)
+        elif warm and live == k < size and self._gap_of(g) >= _IMAGE_GAP:
+            solution = self._image(operator, old, self._probe(group, operator.dtype), k)
+        else:
+            solution = self._krylov(operator, old, k, self._budget(old is not None))
+        if not torch.isfinite(solution.values).all():
+            raise NonFiniteError("the curvature gave NaN or infinite Ritz values; loss and gradient at these weights overflow")
+        positive = solution.values > 0
+        if not positive.all():
+            solution.rows = solution.rows * positive.to(solution.rows)[:, None]
+            solution.values = solution.values.clamp_min(0.0)
+            if cutoff is None:
+                warnings.warn(
+                    f"only {int(positive.sum())} of rank={k} curvature eigenvalues are positive; the other rows of the "
+                    "basis are zero and their directions count as bulk. Lower rank, or take the GGN, which has no "
+                    "negative eigenvalue",
+                    RankWarning,
+                    stacklevel=5,
+                )
+        return solution
+
+    def _gap_of(self, g: int) -> float:
+        following = float(self._next[g])
+        return math.inf if following <= 0 else float(self._values[g, -1]) / following
+
+    def _budget(self, warm: bool) -> int:
+        return min(self.max_matvecs, 2 * self.rank) if warm else self.max_matvecs
+
+    @property
+    def planned_matvecs(self) -> int:
+        """Products that the next warm refresh may spend at most."""
+        if self.adaptive:
+            return self.max_matvecs
+        per_layer = [
+            self.rank + 1 if self._gap_of(g) >= _IMAGE_GAP else self._budget(True) for g in range(len(self.groups))
+        ]
+        return sum(per_layer)
+
+    def _image(self, operator: SymmetricOperator, old: Tensor | None, probe: Tensor, k: int) -> _Solution:
+        assert old is not None
+        image = power_image(operator, torch.cat([old, probe[None]]))
+        if image.overlap < _IMAGE_OVERLAP:
+            return self._krylov(operator, image.rows, k, self._budget(True))
+        return _Solution(
+            rows=image.rows,
+            values=image.eigenvalues[:k].double().cpu(),
+            residuals=image.residual_norms[:k].double().cpu(),
+            probe=image.probe,
+            next_value=float(image.eigenvalues[k]),
+            kind="image",
+            converged=True,
+            reason=f"one block power step of {k + 1} products",
+        )
+
+    def _krylov(self, operator: SymmetricOperator, old: Tensor | None, k: int, cap: int) -> _Solution:
+        extra = 1 if k < operator.shape[0] else 0
+        result = eigsh(
+            operator,
+            k,
+            which="LA",
+            tol=self.tol,
+            v0=None if old is None else old.T,
+            max_matvecs=max(cap, k),
+            guard=6 if old is None else 0,
+            extra=extra,
+            seed=self.seed + self.attempts,
+        )
+        rows = result.eigenvectors.T
+        if k < self.rank:  # a layer smaller than the rank
+            rows = torch.cat([rows, rows.new_zeros(self.rank - k, rows.shape[1])])
+        pad = (0, self.rank - k)
+        found = result.extra_eigenvalues.numel() > 0
+        return _Solution(
+            rows=rows,
+            values=torch.nn.functional.pad(result.eigenvalues.double().cpu(), pad),
+            residuals=torch.nn.functional.pad(result.residual_norms.double().cpu(), pad),
+            probe=result.extra_eigenvectors[:, 0] if found else None,
+            next_value=float(result.extra_eigenvalues[0]) if found else 0.0,
+            kind="cold" if old is None else "krylov",
+            converged=result.converged,
+            reason=result.reason,
+        )
+
+    def _adaptive(
+        self, operator: SymmetricOperator, group: list[int], old: Tensor | None, most: int, cutoff: Cutoff
+    ) -> _Solution:
+        k = min(most, max(4, 2 + (0 if old is None else old.shape[0])))
+        start = operator.matvecs
+        while True:
+            left = self.max_matvecs - (operator.matvecs - start)
+            solution = self._krylov(operator, old, k, left)
+            keep = solution.values[:k] > cutoff(solution.rows[:k], group).double().cpu()
+            grown = min(most, 2 * k)
+            if not bool(keep.all()) or k >= most or self.max_matvecs - (operator.matvecs - start) < grown:
+                break
+            old, k = solution.rows[:k], grown
+        index = torch.nonzero(keep).squeeze(1)
+        rows = torch.zeros(self.rank, solution.rows.shape[1], dtype=solution.rows.dtype, device=solution.rows.device)
+        rows[: len(index)] = solution.rows[index.to(rows.device)]
+        values = torch.zeros(self.rank, dtype=torch.float64)
+        residuals = torch.zeros(self.rank, dtype=torch.float64)
+        values[: len(index)], residuals[: len(index)] = solution.values[index], solution.residuals[index]
+        solution.rows, solution.values, solution.residuals = rows, values, residuals
+        return solution
+
+    def _commit(self, solutions: list[_Solution], matvecs: int) -> RefreshReport:
+        overlaps = []
+        # New tensors, so that a state_dict taken earlier keeps what it held.
+        values, residuals, following = self._values.clone(), self._residuals.clone(), self._next.clone()
+        for g, (group, s) in enumerate(zip(self.groups, solutions, strict=True)):
+            if self.ready:
+                old_live = int((self._values[g] > 0).sum())
+                new_live = int((s.values > 0).sum())
+                shared = torch.linalg.matrix_norm(self._rows(group, s.rows.dtype) @ s.rows.T).square()
+                overlaps.append(shared / max(old_live, new_live, 1))
+            start = 0
+            for i in group:
+                size = self.parameters.sizes[i]
+                self.blocks[i].copy_(s.rows[:, start : start + size].reshape(self.blocks[i].shape))
+                if s.probe is not None:
+                    self.probes[i].copy_(s.probe[start : start + size].reshape(self.probes[i].shape))
+                start += size
+            values[g], residuals[g], following[g] = s.values, s.residuals, s.next_value
+        self._values, self._residuals, self._next = values, residuals, following
+        self.measure_mass()
+        self.overlap = float(torch.stack(overlaps).mean()) if overlaps else math.nan
+        self.matvecs += matvecs
+        self.refreshes += 1
+        self.age = 0
+        converged = all(s.converged for s in solutions)
+        self.reason = "; ".join(dict.fromkeys(s.reason for s in solutions))
+        if not converged:
+            warnings.warn(
+                f"a refresh ended before every pair met tol={self.tol:g} ({self.reason}); the best basis found is used. "
+                "Raise max_matvecs or tol",
+                RefreshWarning,
+                stacklevel=4,
+            )
+        self._warn_of_gap()
+        return RefreshReport(solutions[0].kind, matvecs, self.overlap, converged, self.reason)
+
+    def replace(self, rows: Tensor, values: Tensor) -> None:
+        """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh."""
+        if self.layout != "whole":
+            raise ValueError("replace() is for layout='whole'")
+        none = torch.zeros(self.rank, dtype=torch.float64)
+        self._commit([_Solution(rows, values.double().cpu(), none, None, 0.0, "krylov", True, "given")], 0)
+
+    def measure_mass(self) -> None:
+        """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
+        rows = [b.reshape(self.rank, -1).double().square().sum(1) for b in self.blocks]
+        self.mass = torch.stack(rows).cpu()
+
+    def _warn_of_gap(self) -> None:
+        if self._gap_warned or self.adaptive or self.layout == "layer" or self.live < self.rank:
+            return
+        if self.gap >= _NO_GAP:
+            return
+        self._gap_warned = True
+        values = self._values[0]
+        ratios = (values[:-1] / values[1:]).tolist()
+        gaps = [i + 1 for i, r in enumerate(ratios) if r >= _NO_GAP]
+        nearest = max(gaps) if gaps else None
+        hint = "none was found below it" if nearest is None else f"the nearest gap below it is after rank={nearest}"
+        warnings.warn(
+            f"rank={self.rank} sits at no gap of the spectrum (lambda_k/lambda_(k+1) = {self.gap:.3g}), so its last "
+            f"directions are arbitrary; {hint}",
+            GapWarning,
+            stacklevel=5,
+        )
+
+    # ---- saving
+    def scalars(self) -> dict[str, Any]:
+        """The small part of the state: counts, and (k,)-sized tensors on the CPU."""
+        return {
+            "age": self.age,
+            "refreshes": self.refreshes,
+            "attempts": self.attempts,
+            "matvecs": self.matvecs,
+            "overlap": self.overlap,
+            "eigenvalues": self._values,
+            "residual_norms": self._residuals,
+            "next_eigenvalues": self._next,
+            "gap_warned": self._gap_warned,
+        }
+
+    def load_scalars(self, state: dict[str, Any]) -> None:
+        """Restore what ``scalars`` gave; call after the blocks are in place."""
+        expected = (len(self.groups), self.rank)
+        values = torch.as_tensor(state["eigenvalues"], dtype=torch.float64)
+        if tuple(values.shape) != expected:
+            raise ValueError(f"saved eigenvalues have shape {tuple(values.shape)}, this subspace needs {expected}: rank differs")
+        self.age, self.refreshes = int(state["age"]), int(state["refreshes"])
+        self.attempts, self.matvecs = int(state["attempts"]), int(state["matvecs"])
+        self.overlap = float(state["overlap"])
+        self._values = values.clone()
+        self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64).clone()
+        self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64).clone()
+        self._gap_warned = bool(state["gap_warned"])
+        self.measure_mass()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, bit for bit; tensors are references, as in torch."""
+        return {**self.scalars(), "basis": list(self.blocks), "probe": list(self.probes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore ``state_dict``.
+
+        Raises:
+            ValueError: a block has another shape; the parameter is named.
+        """
+        for name, shape, block in zip(self.parameters.names, self.parameters.shapes, state_dict["basis"], strict=True):
+            check_block(name, block, (self.rank, *shape))
+        for mine, saved in zip(self.blocks, state_dict["basis"], strict=True):
+            mine.copy_(saved)
+        for mine, saved in zip(self.probes, state_dict["probe"], strict=True):
+            mine.copy_(saved)
+        self.load_scalars(state_dict)
+
+
+def check_block(name: str, block: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError that names the parameter when a saved basis block has the wrong shape."""
+    if tuple(block.shape) != tuple(shape):
+        raise ValueError(
+            f"saved basis of parameter {name!r} has shape {tuple(block.shape)}, expected {tuple(shape)} "
+            "(rank, then the parameter's shape): was it saved with another rank or model?"
+        )
