@@ -1,0 +1,318 @@
+"""Extreme eigenpairs of a symmetric operator that is known by its products alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.linalg.krylov import KrylovBasis, Ritz
+from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, random_orthogonal
+from curvopt.linalg.result import EigenResult
+
+_WHICH = ("LA", "SA", "LM")
+_WARM_NOISE = 0.2  # share of a random direction in a warm start: measured to cost no product, and it cures blindness
+
+
+def eigsh(
+    op: SymmetricOperator,
+    k: int,
+    *,
+    which: str = "LA",
+    tol: float = 1e-3,
+    v0: Tensor | None = None,
+    max_matvecs: int | None = None,
+    guard: int | str = 6,
+    extra: int = 0,
+    seed: int = 0,
+    max_basis: int | None = None,
+) -> EigenResult:
+    """The k most wanted eigenpairs, by Lanczos with full orthogonalisation, thick restart and a guard.
+
+    One product at a time: from a random start that is the cheapest way to a given residual, two to three products a
+    pair on the Hessians of networks. Wanted pairs are tested after every product on the CPU and after every
+    ``max(2, k // 4)`` on other devices, where a test is the one moment at which the host waits.
+
+    **The guard.** A small residual proves that a pair is an eigenpair, never that none was skipped: a chain sees a
+    repeated eigenvalue once, and a start inside an invariant subspace never leaves it. So, once the pairs have
+    converged, a second chain starts from a random direction orthogonal to all that is known, and Rayleigh-Ritz runs
+    over both. If that brings a new wanted value the solver goes on until it has converged, and looks again. Six
+    products reveal a value of 1.5 times the k-th or more on the spectra that networks have (a bulk that is narrow
+    beside it); ``guard="full"`` lets the chain run until its own leading value has converged, which tells closer ones
+    apart.
+
+    Memory: ``max_basis + k + extra`` vectors, and what the operator holds.
+
+    Args:
+        op: the operator (P, P).
+        k: how many pairs, 1 to P.
+        which: ``"LA"`` largest algebraic, ``"SA"`` smallest algebraic, ``"LM"`` largest magnitude.
+        tol: a pair has converged when ``||A v - lambda v|| <= tol * max |theta|``, the largest Ritz value in
+            magnitude; held at 50 eps from below.
+        v0: a start, (P,) or a block (P, m) such as the eigenvectors at earlier weights. The chain starts from an
+            equal mix of its columns with random signs and a fifth of a random direction, which block methods do not beat
+            here; rank-deficient blocks are fine.
+        max_matvecs: hard cap on products, the guard's included; ``20 k + 100`` by default, at least P + k for small P.
+        guard: products for a look, ``"full"``, or 0 for none.
+        extra: further Ritz pairs to return, as estimates; fewer come back if the basis holds no more.
+        seed: of every random direction; the same seed on the same device gives the same bits.
+        max_basis: vectors in the basis before a restart, at least ``k + extra + 3``; ``2 (k + extra) + 20`` by
+            default, P if that is less.
+
+    Returns:
+        pairs most wanted first, their residual norms, status in words, and the products spent.
+
+    Raises:
+        ValueError: an argument is out of range or has the wrong shape, dtype or device.
+        NonFiniteError: a product holds NaN or Inf.
+    """
+    size = op.shape[0]
+    _check_arguments(size, k, which, tol, max_matvecs, guard, extra, max_basis)
+    start = None if v0 is None else _check_start(op, v0)
+    if max_matvecs is None:
+        max_matvecs = max(20 * k + 100, min(size, 1000) + k)
+    if max_basis is None:
+        max_basis = 2 * (k + extra) + 20
+    plan = _Plan(k, which, max(tol, 50 * torch.finfo(op.dtype).eps), max_matvecs, guard, min(extra, size - k))
+    with op.hold():
+        return _Solver(op, plan, min(max_basis, size) + 1, seed).solve(start)
+
+
+def _check_arguments(
+    size: int, k: int, which: str, tol: float, max_matvecs: int | None, guard: int | str, extra: int, max_basis: int | None
+) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if k > size:
+        raise ValueError(f"k must be at most the operator's size {size}, got {k}")
+    if which not in _WHICH:
+        raise ValueError(f"which must be one of {', '.join(_WHICH)}, got {which!r}")
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol must lie in [0, 1), got {tol}")
+    if max_matvecs is not None and max_matvecs < k:
+        raise ValueError(f"max_matvecs must be at least k = {k}, got {max_matvecs}")
+    if guard != "full" and (not isinstance(guard, int) or guard < 0):
+        raise ValueError(f"guard must be a number of products >= 0 or 'full', got {guard!r}")
+    if extra < 0:
+        raise ValueError(f"extra must be at least 0, got {extra}")
+    if max_basis is not None and max_basis < min(k + extra + 3, size):
+        raise ValueError(f"max_basis must be at least k + extra + 3 = {k + extra + 3}, got {max_basis}")
+
+
+def _check_start(op: SymmetricOperator, v0: Tensor) -> Tensor:
+    size = op.shape[0]
+    if not isinstance(v0, Tensor) or v0.dim() not in (1, 2) or v0.shape[0] != size or v0.numel() == 0:
+        given = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
+        raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {given}")
+    if v0.dtype != op.dtype or v0.device != op.device:
+        raise ValueError(f"v0 must be {op.dtype} on {op.device}, got {v0.dtype} on {v0.device}")
+    if not torch.isfinite(v0).all():
+        raise ValueError("v0 holds NaN or Inf")
+    return v0.detach().reshape(size, -1).T
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The arguments, checked and completed."""
+
+    k: int
+    which: str
+    tol: float
+    max_matvecs: int
+    guard: int | str
+    extra: int
+
+
+class _Solver:
+    """One solution in progress: the basis, and what to do with it next."""
+
+    def __init__(self, op: SymmetricOperator, plan: _Plan, capacity: int, seed: int) -> None:
+        self.basis = KrylovBasis(op, capacity, seed)
+        self.plan = plan
+        self.stride = 1 if op.device.type == "cpu" else max(2, plan.k // 4)
+        self.guard_matvecs = 0
+
+    # ---- the whole course
+    def solve(self, start: Tensor | None) -> EigenResult:
+        if start is None or self._start_warm(start) is None:
+            self.basis.start_random()
+        while True:
+            ritz, complaint = self._converge()
+            if complaint is not None:
+                return self._result(ritz, False, complaint)
+            verdict = self._guard(ritz)
+            if verdict is not None:
+                return self._result(self._ritz(), True, verdict)
+
+    def _start_warm(self, block: Tensor) -> int | None:
+        with exact_arithmetic(block.device):
+            rows, rank = orthonormalize_rows(block)
+            if rank == 0:
+                return None
+            generator = self.basis.generator
+            signs = torch.randint(2, (rank,), generator=generator, device=block.device).to(block.dtype) * 2 - 1
+            mix = signs @ rows / rank**0.5
+            fresh = random_orthogonal(rows, generator)
+            if fresh is not None:
+                mix = torch.add(mix, fresh, alpha=_WARM_NOISE)
+        return self.basis.start(mix)
+
+    # ---- growing until the wanted pairs have converged
+    def _converge(self) -> tuple[Ritz, str | None]:
+        """Products until all wanted pairs have converged; words if they have not and nothing more can be done."""
+        basis, plan = self.basis, self.plan
+        while True:
+            ritz = self._ritz() if len(basis.closed) >= plan.k else None
+            if ritz is not None and not self._unconverged(ritz).any():
+                return ritz, None
+            left = plan.max_matvecs - basis.matvecs
+            index = self._choose(ritz) if left > 0 else None
+            if index is None:
+                final = self._ritz()
+                return final, self._complaint(final, left)
+            count, short = self.stride, plan.k - len(basis.closed)
+            if self.stride > 1 and short > 0:  # no test before k rows; a broken chain may waste all products but one
+                count = max(1, min(short, left - short + 1))
+            self._chain(index, min(count, left))
+
+    def _choose(self, ritz: Ritz | None) -> int | None:
+        """The open row that the unconverged wanted residuals lean on most; a random one where a chain has ended."""
+        basis = self.basis
+        if ritz is not None and basis.n >= basis.capacity:
+            ritz = self._restart(ritz)
+        if not basis.open:
+            return basis.start_random()
+        if len(basis.open) == 1 or ritz is None:
+            return basis.open[-1]
+        wanted = np.flatnonzero(self._unconverged(ritz))
+        weight = (ritz.weights[:, wanted] ** 2).sum(1)
+        if weight.max() == 0:  # only an open row that nothing is known of can help
+            return basis.open[-1]
+        return basis.open[int(weight.argmax())]
+
+    def _chain(self, index: int, count: int) -> int | None:
+        """Up to ``count`` products along one chain, as far as the basis has room; its open row, None if it ended."""
+        basis = self.basis
+        for _ in range(min(count, basis.capacity - basis.n)):
+            index = basis.expand(index)
+            if self.stride == 1:
+                basis.flush()
+                if index not in basis.open:
+                    return None
+        basis.flush()
+        return index if index in basis.open else None
+
+    def _restart(self, ritz: Ritz) -> Ritz:
+        basis, plan = self.basis, self.plan
+        least = plan.k + plan.extra
+        room = basis.capacity - least - 1
+        keep_open = max(1, room // 3)
+        keep = min(least + max(0, room - min(len(basis.open), keep_open)) // 2, len(basis.closed))
+        basis.compress(ritz, keep, keep_open)
+        return self._ritz()
+
+    # ---- the guard
+    def _guard(self, ritz: Ritz) -> str | None:
+        """Look for what was skipped: words if the answer stands, None if there is more to converge."""
+        basis, plan = self.basis, self.plan
+        if len(basis.closed) >= basis.size:
+            return "converged: the basis spans the whole space, nothing can be skipped"
+        if plan.guard == 0:
+            return "converged by residuals alone: guard=0 looked for no skipped or repeated eigenvalue"
+        allowed = plan.max_matvecs - basis.matvecs
+        wish = basis.size if plan.guard == "full" else int(plan.guard)
+        if allowed <= 0:
+            return (
+                f"converged by residuals alone: max_matvecs={plan.max_matvecs} left no product for the guard; raise it"
+            )
+        self._make_room(ritz, min(wish + 1, plan.k + 8))
+        index = basis.start_random()
+        if index is None:
+            return "converged: the basis spans the whole space, nothing can be skipped"
+        spent, ended = self._look(index, min(wish, allowed))
+        self.guard_matvecs += spent
+        after = self._ritz()
+        moved = np.abs(after.values[: plan.k] - ritz.values[: plan.k]).max()
+        if self._unconverged(after).any() or moved > plan.tol * after.scale:
+            return None
+        if ended or spent >= wish:
+            return f"converged: the guard's {spent} products found no skipped or repeated eigenvalue"
+        knob = f"max_matvecs={plan.max_matvecs}" if spent >= allowed else f"max_basis={basis.capacity - 1}"
+        return f"converged, but {knob} ended the guard's look after {spent} products; it found nothing"
+
+    def _make_room(self, ritz: Ritz, need: int) -> None:
+        """Compress the basis if it has no room for ``need`` more rows (one that holds all P never has to)."""
+        basis, least = self.basis, self.plan.k + self.plan.extra
+        if basis.capacity > basis.size or basis.capacity - basis.n >= need:
+            return
+        keep_open = max(1, min(len(basis.open), (basis.capacity - least - 2) // 3))
+        keep = max(least, basis.capacity - need - 1 - keep_open)
+        basis.compress(ritz, min(keep, len(basis.closed)), keep_open)
+
+    def _look(self, index: int, count: int) -> tuple[int, bool]:
+        """A chain of ``count`` products from ``index``: products spent, and whether it has said all it can."""
+        basis, plan = self.basis, self.plan
+        chain: list[int] = []
+        full = plan.guard == "full"
+        row: int | None = index
+        while row is not None and len(chain) < count and basis.n < basis.capacity:
+            known = len(basis.closed)
+            block = count - len(chain) if not full else self.stride if chain else 6
+            row = self._chain(row, min(block, count - len(chain)))
+            chain += basis.closed[known:]
+            if full and len(chain) >= 6 and self._settled(chain):
+                return len(chain), True
+        return len(chain), row is None
+
+    def _settled(self, chain: list[int]) -> bool:
+        """Whether the chain's own leading value, which is the largest that was not known before, has converged."""
+        basis = self.basis
+        inner = basis.coefficients(chain, chain)
+        values, vectors = np.linalg.eigh((inner + inner.T) / 2)
+        lead = {"LA": -1, "SA": 0, "LM": int(np.abs(values).argmax())}[self.plan.which]
+        outside = basis.coefficients(basis.open, chain) @ vectors[:, lead]
+        return float(np.linalg.norm(outside)) <= self.plan.tol * self._ritz().scale
+
+    # ---- reading
+    def _ritz(self) -> Ritz:
+        self.basis.flush()
+        return self.basis.ritz(self.plan.which)
+
+    def _unconverged(self, ritz: Ritz) -> np.ndarray:
+        """A bool for each wanted pair."""
+        return ritz.residuals[: self.plan.k] > self.plan.tol * ritz.scale
+
+    def _complaint(self, ritz: Ritz, left: int) -> str | None:
+        """Why the wanted pairs have not converged, in words; None if they have."""
+        plan, bad = self.plan, self._unconverged(ritz)
+        if not bad.any():
+            return None
+        state = (
+            f"{int(bad.sum())} of {plan.k} pairs above tol (largest residual "
+            f"{ritz.residuals[: plan.k].max() / ritz.scale:.1e} of the largest Ritz value, tol {plan.tol:.1e})"
+        )
+        if left <= 0:
+            return f"max_matvecs={plan.max_matvecs} reached with {state}; raise max_matvecs or tol"
+        return f"the basis spans the whole space with {state}: the products are no more exact than that; raise tol"
+
+    def _result(self, ritz: Ritz, converged: bool, reason: str) -> EigenResult:
+        k, basis = self.plan.k, self.basis
+        last = min(k + self.plan.extra, ritz.values.shape[0])
+        rows = basis.combine(ritz.vectors[:, :last])
+        values = torch.from_numpy(ritz.values[:last].copy()).to(rows)
+        return EigenResult(
+            eigenvalues=values[:k],
+            eigenvectors=rows[:k].T,
+            residual_norms=torch.from_numpy(ritz.residuals[:k].copy()).to(rows),
+            converged=converged,
+            converged_pairs=torch.from_numpy(~self._unconverged(ritz)).to(rows.device),
+            reason=reason,
+            matvecs=basis.matvecs,
+            guard_matvecs=self.guard_matvecs,
+            restarts=basis.restarts,
+            extra_eigenvalues=values[k:],
+            extra_eigenvectors=rows[k:].T,
+        )

@@ -1,0 +1,220 @@
+"""An orthonormal basis that grows by products, and what Rayleigh-Ritz says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvopt._errors import NonFiniteError
+from curvopt.linalg.orthogonal import exact_arithmetic, random_orthogonal, remove_components, rotate_rows
+
+
+class Operator(Protocol):
+    """What a solver needs of a symmetric operator."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def multiply_rows(self, rows: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Rayleigh-Ritz on the closed rows, most wanted first; everything float64 on the CPU.
+
+    Attributes:
+        values: (m,).
+        vectors: (m, m), columns, over the closed rows in the order of their closing.
+        residuals: ``||A x - theta x||`` (m,), from the recurrences.
+        weights: (f, m), the residuals' components along the open rows.
+        scale: the largest ``|theta|``, which estimates ``||A||`` from below.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    weights: np.ndarray
+    scale: float
+
+
+def order(values: np.ndarray, which: str) -> np.ndarray:
+    """Indices that sort ``values`` most wanted first."""
+    key = {"LA": -values, "SA": values, "LM": -np.abs(values)}[which]
+    return np.argsort(key, kind="stable")
+
+
+class KrylovBasis:
+    """Orthonormal rows, some *closed* (their image under A is known) and some *open* (their image is not).
+
+    The image of a closed row is known completely: ``A q_j = sum_i H[i, j] w_i`` over all rows w_i, because every
+    image is orthogonalised against all of them (two-pass Gram-Schmidt) and what is left over becomes a new open row.
+    So one matrix H covers a Lanczos chain (one open row), several chains at once, a block of start vectors, and the
+    arrow-shaped state after a thick restart (Wu and Simon 2000); Ritz values come from its closed rows, residuals
+    from all of it. H is kept on the CPU in float64; its columns stay on the device until ``flush``, so growing a
+    chain does not synchronise.
+
+    Args:
+        op: the operator.
+        capacity: rows that fit; memory is capacity x P in the operator's dtype.
+        seed: of the random directions.
+    """
+
+    def __init__(self, op: Operator, capacity: int, seed: int) -> None:
+        self.op = op
+        self.size = op.shape[0]
+        self.capacity = capacity
+        self.rows = torch.empty(capacity, self.size, dtype=op.dtype, device=op.device)
+        self.generator = torch.Generator(device=op.device).manual_seed(seed)
+        self.n = 0
+        self.closed: list[int] = []
+        self.open: list[int] = []
+        self.matvecs = 0
+        self.restarts = 0
+        self._h = np.zeros((capacity, capacity))
+        self._lost = np.zeros((0, capacity))
+        self._pending: list[tuple[int, int, Tensor]] = []
+        self._norm = torch.zeros((), dtype=op.dtype, device=op.device)
+
+    # ---- growing
+    def start(self, vector: Tensor) -> int | None:
+        """A new open row from a vector (P,); None if it lies in the span of the rows."""
+        with exact_arithmetic(self.rows.device):
+            basis = self.rows[: self.n]
+            left, _, _, norm = remove_components(vector / torch.linalg.vector_norm(vector), basis)
+            left, _, _, again = remove_components(left / norm, basis)
+            if not (norm > 1e3 * torch.finfo(self.rows.dtype).eps and again > 0.5):
+                return None
+            return self._append(left / again)
+
+    def start_random(self) -> int | None:
+        """A new open row in a random direction; None if the rows span the space."""
+        with exact_arithmetic(self.rows.device):
+            fresh = random_orthogonal(self.rows[: self.n], self.generator)
+            return None if fresh is None else self._append(fresh)
+
+    def _append(self, row: Tensor) -> int:
+        index = self.n
+        self.rows[index] = row
+        self.n += 1
+        self.open.append(index)
+        return index
+
+    def expand(self, index: int) -> int:
+        """Close the open row ``index`` by one product; the remainder of its image becomes an open row, which is returned.
+
+        A remainder at the level of rounding is no direction (a breakdown): the new row is then zero, and the next
+        ``flush`` drops it.
+        """
+        image = self.op.multiply_rows(self.rows[index : index + 1]).detach()[0]
+        self.matvecs += 1
+        with exact_arithmetic(self.rows.device):
+            left, column, once, norm = remove_components(image, self.rows[: self.n])
+            length = torch.hypot(torch.linalg.vector_norm(column), norm)
+            self._norm = torch.maximum(self._norm, length)
+            floor = 10 * torch.finfo(self.rows.dtype).eps * self._norm
+            alive = (norm > floor) & (norm > 0.5 * once) & (self.n < self.size)
+            one = torch.ones_like(norm)
+            self.rows[self.n] = left * torch.where(alive, 1 / torch.where(alive, norm, one), torch.zeros_like(norm))
+            self._pending.append((index, self.n, torch.cat([column, norm[None], alive[None].to(norm)])))
+        self.open.remove(index)
+        self.closed.append(index)
+        self.open.append(self.n)
+        self.n += 1
+        return self.n - 1
+
+    def flush(self) -> None:
+        """Bring the new columns of H to the CPU (the one synchronisation) and drop rows born from a breakdown.
+
+        Raises:
+            NonFiniteError: a product held NaN or Inf.
+        """
+        if not self._pending:
+            return
+        sizes = [column.shape[0] for _, _, column in self._pending]
+        joined = torch.cat([column for _, _, column in self._pending]).to("cpu", torch.float64).numpy()
+        for (index, born, _), column in zip(self._pending, np.split(joined, np.cumsum(sizes)[:-1]), strict=True):
+            if not np.isfinite(column).all():
+                raise NonFiniteError("a curvature product returned NaN or Inf: look at the loss and the weights first")
+            self._h[: len(column) - 2, index] = column[:-2]
+            self._h[born, index] = column[-2]
+            if not column[-1]:  # the row is zero, and so is all that grew from it
+                for rows in (self.open, self.closed):
+                    if born in rows:
+                        rows.remove(born)
+                self._lost_row(born, index)
+        self._pending.clear()
+        alive = {*self.open, *self.closed}
+        while self.n and self.n - 1 not in alive:  # a broken chain grew last, so its rows are the last ones
+            self.n -= 1
+
+    def _lost_row(self, row: int, column: int) -> None:
+        """Keep the norm of a remainder that has no row any more in the residuals."""
+        kept = np.zeros((1, self.capacity))
+        kept[0, column], self._h[row, column] = self._h[row, column], 0.0
+        self._lost = np.concatenate([self._lost, kept])
+
+    # ---- reading
+    def coefficients(self, rows: Sequence[int], columns: Sequence[int]) -> np.ndarray:
+        """The entries of H for these rows and closed columns (after ``flush``)."""
+        return self._h[np.ix_(list(rows), list(columns))]
+
+    def ritz(self, which: str) -> Ritz:
+        """Rayleigh-Ritz on the closed rows (after ``flush``)."""
+        inner = self.coefficients(self.closed, self.closed)
+        values, vectors = np.linalg.eigh((inner + inner.T) / 2)
+        index = order(values, which)
+        values, vectors = values[index], vectors[:, index]
+        weights = self.coefficients(self.open, self.closed) @ vectors
+        inside = inner @ vectors - vectors * values
+        lost = self._lost[:, self.closed] @ vectors
+        residuals = np.sqrt((inside**2).sum(0) + (weights**2).sum(0) + (lost**2).sum(0))
+        return Ritz(values, vectors, residuals, weights, float(np.abs(values).max(initial=0.0)))
+
+    def combine(self, vectors: np.ndarray) -> Tensor:
+        """Rows (p, P) from columns (m, p) over the closed rows."""
+        with exact_arithmetic(self.rows.device):
+            return self._lift(vectors) @ self.rows[: self.n]
+
+    def _lift(self, vectors: np.ndarray) -> Tensor:
+        whole = np.zeros((vectors.shape[1], self.n))
+        whole[:, self.closed] = vectors.T
+        return torch.from_numpy(whole).to(self.rows)
+
+    # ---- restart
+    def compress(self, ritz: Ritz, keep: int, keep_open: int) -> None:
+        """Thick restart: the first ``keep`` Ritz vectors replace the closed rows.
+
+        Open rows stay, up to ``keep_open`` of them, the ones that weigh most in the kept residuals; of the others only
+        their part in the residuals is remembered.
+        """
+        y, rest = ritz.vectors[:, :keep], ritz.vectors[:, keep:]
+        by_weight = np.argsort(-(ritz.weights[:, :keep] ** 2).sum(1), kind="stable")
+        survivors = sorted(by_weight[:keep_open].tolist())
+        dropped = [i for i in range(len(self.open)) if i not in survivors]
+        inner = self.coefficients(self.closed, self.closed)
+        lost = np.concatenate(
+            [self._lost[:, self.closed] @ y, rest.T @ (inner @ y), ritz.weights[dropped][:, :keep]]
+        )
+        rows = [self.open[i] for i in survivors]
+        pick = torch.zeros(len(rows), self.n, dtype=self.rows.dtype, device=self.rows.device)
+        pick[range(len(rows)), rows] = 1.0
+        with exact_arithmetic(self.rows.device):
+            rotate_rows(self.rows[: self.n], torch.cat([self._lift(y), pick]))
+        self._h[:] = 0.0
+        self._h[:keep, :keep] = y.T @ inner @ y
+        self._h[keep : keep + len(rows), :keep] = ritz.weights[survivors][:, :keep]
+        triangle = np.linalg.qr(lost, mode="r")
+        self._lost = np.zeros((triangle.shape[0], self.capacity))
+        self._lost[:, :keep] = triangle
+        self.closed = list(range(keep))
+        self.open = list(range(keep, keep + len(rows)))
+        self.n = keep + len(rows)
+        self.restarts += 1

@@ -1,0 +1,115 @@
+"""Orthonormal rows: the arithmetic that every solver here leans on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autograd, no autocast and no TF32 for the solver's own algebra.
+
+    A basis orthonormal to bfloat16 or TF32 rounding (1e-2, 1e-3) is none, whatever mode the training loop is in.
+    """
+    matmul = torch.backends.cuda.matmul
+    modern = hasattr(matmul, "fp32_precision")
+    before = None
+    if device.type == "cuda":
+        before = matmul.fp32_precision if modern else matmul.allow_tf32
+        if modern:
+            matmul.fp32_precision = "ieee"
+        else:
+            matmul.allow_tf32 = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before is not None:
+            if modern:
+                matmul.fp32_precision = before
+            else:
+                matmul.allow_tf32 = before
+
+
+def remove_components(vector: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two passes of classical Gram-Schmidt of a vector (P,) against orthonormal rows (n, P).
+
+    "Twice is enough" (Daniel, Gragg, Kaufman, Stewart 1976): the remainder is orthogonal to rounding unless its norm
+    falls again in the second pass, which means that the vector lies in the span numerically.
+
+    Returns:
+        the remainder (P,), the coefficients (n,), and the remainder's norms after one and after two passes.
+    """
+    first = rows @ vector
+    once = torch.addmv(vector, rows.T, first, alpha=-1)
+    second = rows @ once
+    twice = torch.addmv(once, rows.T, second, alpha=-1)
+    return twice, first + second, torch.linalg.vector_norm(once), torch.linalg.vector_norm(twice)
+
+
+def random_orthogonal(rows: Tensor, generator: torch.Generator) -> Tensor | None:
+    """A random unit vector orthogonal to orthonormal rows (n, P); None if they span the space already."""
+    n, size = rows.shape
+    if n >= size:
+        return None
+    for _ in range(8):
+        draw = torch.randn(size, generator=generator, dtype=rows.dtype, device=rows.device)
+        draw /= torch.linalg.vector_norm(draw)
+        left, _, _, norm = remove_components(draw, rows)
+        left, _, _, again = remove_components(left / norm, rows)
+        if norm > 1e3 * torch.finfo(rows.dtype).eps and again > 0.5:
+            return left / again
+    return None
+
+
+def orthonormalize_rows(
+    rows: Tensor, against: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, int]:
+    """Orthonormal rows in the order of the given ones: the first j span what the first j given rows span.
+
+    A row that depends on those before it is replaced by a random direction if a generator is given, else left out.
+
+    Args:
+        rows: (m, P); zero, repeated and widely scaled rows are fine, NaN and Inf are not.
+        against: orthonormal rows (n, P) that the answer must be orthogonal to.
+        generator: of the replacements, on the device of ``rows``.
+
+    Returns:
+        contiguous rows (r, P) and the number of independent ones among the given.
+    """
+    n = 0 if against is None else against.shape[0]
+    basis = torch.empty(n + rows.shape[0], rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if against is not None:
+        basis[:n] = against
+    eps = torch.finfo(rows.dtype).eps
+    filled, independent = n, 0
+    for row in rows:
+        if filled >= rows.shape[1]:
+            break
+        top = row.abs().max()
+        unit = row / torch.where(top > 0, top, torch.ones_like(top))
+        size = torch.linalg.vector_norm(unit)
+        left, _, once, norm = remove_components(unit, basis[:filled])
+        if norm > 10 * eps * size and norm > 0.5 * once:
+            basis[filled] = left / norm
+            independent += 1
+        elif generator is not None and (fresh := random_orthogonal(basis[:filled], generator)) is not None:
+            basis[filled] = fresh
+        else:
+            continue
+        filled += 1
+    return basis[n:filled], independent
+
+
+def rotate_rows(rows: Tensor, matrix: Tensor) -> None:
+    """``rows[:p] = matrix @ rows`` in place, matrix (p, n): chunked over P, so that no second basis is held."""
+    p = matrix.shape[0]
+    for start in range(0, rows.shape[1], _CHUNK):
+        piece = rows[:, start : start + _CHUNK]
+        piece[:p] = matrix @ piece

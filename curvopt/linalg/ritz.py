@@ -1,0 +1,120 @@
+"""One block power step on a cached basis: the cheapest refresh where the spectrum has a gap after the k-th value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, rotate_rows
+
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class PowerImage:
+    """What one product with each row of a basis says.
+
+    Attributes:
+        rows: the new basis (k + 1, P), orthonormal, most wanted first; the last row is the probe to carry on.
+        ritz_values: of the *old* rows' space (k + 1,), float64 on the CPU, algebraically largest first.
+        residual_norms: ``||A x_i - theta_i x_i||`` of the old space's Ritz pairs (k + 1,), float64 on the CPU.
+        overlap: ``||V_new V_old^T||_F^2 / k`` of the first k rows, in [0, 1]: 1 says that nothing moved.
+        finite: no NaN or Inf in the products; when False the other numbers mean nothing and ``rows`` are the old ones.
+        positive: all k wanted Ritz values are above zero. A power step follows magnitude, so with a negative one
+            among them, or a negative value larger in magnitude than theta_k outside, its image is not to be trusted.
+        probe_won: the probe row overtook a row of the basis, which had missed a leading direction.
+        rank: independent rows among the images; the rest of ``rows`` is random.
+        matvecs: products spent, k + 1.
+    """
+
+    rows: Tensor
+    ritz_values: Tensor
+    residual_norms: Tensor
+    overlap: float
+    finite: bool
+    positive: bool
+    probe_won: bool
+    rank: int
+    matvecs: int
+
+    @property
+    def basis(self) -> Tensor:
+        """The k wanted rows (k, P), a view."""
+        return self.rows[:-1]
+
+    @property
+    def probe(self) -> Tensor:
+        """The probe row (P,), a view."""
+        return self.rows[-1]
+
+
+def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerImage:
+    """Replace a basis by its image: k + 1 products, Rayleigh-Ritz in the old space for nothing more.
+
+    Rayleigh-Ritz alone cannot leave the old space. The images that it has paid for can: the error in a direction that
+    belongs to lambda_j shrinks by lambda_j / lambda_i in one step, the missing overlap by its square. New rows are the
+    images of the old space's Ritz vectors, orthonormalised from the most wanted on. The last row is a probe: a
+    direction outside the basis that is powered along with it and changes places once it has found a new leader.
+
+    The host waits twice, for the small matrix and for the verdicts. Memory: the rows and two blocks of their size.
+
+    Args:
+        op: the operator (P, P).
+        rows: orthonormal rows (k + 1, P): k wanted, most wanted first, and the probe.
+        seed: of the random directions that replace dependent images.
+
+    Raises:
+        ValueError: fewer than two rows, a wrong shape, or rows that are not orthonormal to 1e-3.
+    """
+    if rows.dim() != 2 or rows.shape[0] < 2 or rows.shape[1] != op.shape[0]:
+        raise ValueError(
+            f"rows must have shape (k + 1, {op.shape[0]}) with k >= 1, the probe last, got {tuple(rows.shape)}"
+        )
+    if rows.shape[0] > rows.shape[1]:
+        raise ValueError(f"rows must hold at most P = {rows.shape[1]} rows, got {rows.shape[0]}")
+    k, device = rows.shape[0] - 1, rows.device
+    with op.hold():
+        image = op.multiply_rows(rows).detach()
+    with exact_arithmetic(device):
+        grams = torch.stack([image @ rows.T, rows @ rows.T]).to("cpu", torch.float64).numpy()
+        if np.abs(grams[1] - np.eye(k + 1)).max() > 1e-3:
+            raise ValueError("rows must be orthonormal to 1e-3")
+        if not np.isfinite(grams[0]).all():
+            unknown = torch.full((k + 1,), float("nan"), dtype=torch.float64)
+            return PowerImage(rows, unknown, unknown, 0.0, False, False, False, 0, k + 1)
+        values, vectors = np.linalg.eigh((grams[0] + grams[0].T) / 2)
+        values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
+        turn = torch.from_numpy(vectors.T.copy()).to(rows)
+        if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
+            image = image.clone()
+        rotate_rows(image, turn)
+        residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows))
+        new, rank = orthonormalize_rows(image, generator=torch.Generator(device=device).manual_seed(seed))
+        shares = (new[:k] @ rows[:k].T).square().sum() / k
+        verdict = torch.cat([residuals, shares[None]]).to("cpu", torch.float64)
+    return PowerImage(
+        rows=new,
+        ritz_values=torch.from_numpy(values),
+        residual_norms=verdict[:-1],
+        overlap=min(1.0, float(verdict[-1])),
+        finite=True,
+        positive=bool((values[:k] > 0).all()),
+        probe_won=bool((vectors[k, :k] ** 2).sum() > 0.5),
+        rank=rank,
+        matvecs=k + 1,
+    )
+
+
+def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor) -> Tensor:
+    """``||image_i - theta_i x_i||`` with ``x = turn @ rows``, chunked over P."""
+    square = torch.zeros_like(values)
+    for start in range(0, rows.shape[1], _CHUNK):
+        piece = torch.addcmul(
+            image[:, start : start + _CHUNK], values[:, None], turn @ rows[:, start : start + _CHUNK], value=-1
+        )
+        square += piece.square().sum(1)
+    return square.sqrt()
