@@ -1,0 +1,198 @@
+"""Kept gradient graphs: built once a point, shared by the products of one ``hold()``, measured in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from curvopt._errors import CurvatureError, NonFiniteError
+from curvopt.curvature.data import Batch, tensors_in
+from curvopt.curvature.problem import Problem
+from curvopt.curvature.quiet import Buffers
+
+
+class _StorageRecorder(TorchDispatchMode):
+    """Remembers, weakly, every storage that operations write, so that what stays alive can be summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                try:
+                    storage = t.untyped_storage()
+                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                except (RuntimeError, NotImplementedError):  # wrapper subclasses hold no storage of their own
+                    continue
+        return out
+
+    def alive(self) -> int:
+        """Bytes of the recorded storages that something still holds."""
+        return sum(size for reference, size in self.seen.values() if not reference.expired())
+
+
+def measured_bytes(build: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Result of ``build`` and the bytes that stay allocated because of it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = build()
+        return result, max(torch.cuda.memory_allocated(device) - before, 0)
+    with _StorageRecorder() as recorder:
+        result = build()
+    return result, recorder.alive()
+
+
+class GradientGraph:
+    """The gradient of one batch's loss with its graph, ready to be differentiated again and again.
+
+    Args:
+        problem: gives leaves and the quiet context.
+        batch: one of the problem's.
+        finite: check the loss for NaN and Inf (one host read).
+
+    Raises:
+        CurvatureError: no parameter of the operator takes part in the loss.
+        NonFiniteError: the loss is NaN or Inf.
+    """
+
+    def __init__(self, problem: Problem, batch: Batch, finite: bool = True) -> None:
+        self.problem = problem
+        batch = problem.placed(batch)
+        with problem.quiet(batch) as buffers:
+            _, loss = problem.call(batch)
+            self.loss = loss.detach()
+            if finite and not torch.isfinite(self.loss):
+                raise NonFiniteError(f"the loss is {self.loss.item()} on curvature batch {batch.number}: no curvature")
+            parts = torch.autograd.grad(loss, problem.leaves, create_graph=True, allow_unused=True)
+        self.buffers: Buffers = buffers
+        if all(part is None for part in parts):
+            raise CurvatureError(
+                "none of the operator's parameters takes part in the loss: "
+                + ", ".join(problem.layout.names[:3])
+                + (" and others" if len(parts) > 3 else "")
+            )
+        self.gradient: list[Tensor | None] = [None if part is None else part.detach() for part in parts]
+        # parts without a graph are constants (or cut off by an operation that hides its graph: see check.py)
+        self.kept = [(i, part) for i, part in enumerate(parts) if part is not None and part.requires_grad]
+
+    def multiply(self, out: Tensor, vectors: Sequence[Tensor], batched: bool) -> None:
+        """Add H v to ``out``.
+
+        Args:
+            out: (P,), or (m, P) with ``batched``.
+            vectors: v shaped like the parameters, with a leading m if ``batched``.
+            batched: several vectors in one vectorised pass.
+        """
+        if not self.kept:
+            return
+        leaves = self.problem.leaves
+        with self.problem.quiet_backward(self.buffers):
+            parts = torch.autograd.grad(
+                [part for _, part in self.kept],
+                leaves,
+                grad_outputs=[vectors[i].to(part.dtype) for i, part in self.kept],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        layout = self.problem.layout
+        for start, size, part in zip(layout.offsets, layout.sizes, parts, strict=True):
+            if part is None:
+                continue
+            if batched:
+                out[:, start : start + size].add_(part.detach().reshape(-1, size))
+            else:
+                out[start : start + size].add_(part.detach().reshape(-1))
+
+
+class GraphCache:
+    """Graphs of a problem's batches at one point, within a budget of bytes.
+
+    Args:
+        problem: whose gradient.
+        budget: bytes of graphs to keep; the first graph is kept whatever its size, batches beyond the budget are
+            rebuilt at each pass.
+    """
+
+    def __init__(self, problem: Problem, budget: int) -> None:
+        self.problem = problem
+        self.budget = budget
+        self._sizes: dict[object, int] = {}
+        self._graphs: dict[int, GradientGraph] = {}
+        self._bytes = 0
+        self._point: tuple[object, ...] | None = None
+        self.built = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes of the graphs that are kept now."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Drop every graph."""
+        self._graphs.clear()
+        self._bytes = 0
+        self._point = None
+
+    def _here(self) -> tuple[object, ...]:
+        leaves = self.problem.leaves
+        return (
+            self.problem.version,
+            tuple(id(p) for p in leaves),
+            tuple(p._version for p in leaves),
+            tuple(p.data_ptr() for p in leaves),
+        )
+
+    @contextmanager
+    def _fresh(self) -> Iterator[bool]:
+        here = self._here()
+        fresh = here != self._point
+        if fresh:
+            self.clear()
+        yield fresh
+        self._point = here
+
+    def each(self) -> Iterator[GradientGraph]:
+        """The graph of every batch: kept ones as they are, others built, and kept while the budget lasts."""
+        with self._fresh():
+            batches = self.problem.batches
+            for position, batch in enumerate(batches):
+                graph = self._graphs.get(position)
+                if graph is None:
+                    graph, size = self._build(batch)
+                    if position == 0 or self._bytes + size <= self.budget:
+                        self._graphs[position] = graph
+                        self._bytes += size
+                yield graph
+                del graph
+
+    def _build(self, batch: Batch) -> tuple[GradientGraph, int]:
+        def build() -> GradientGraph:
+            return GradientGraph(self.problem, batch)
+
+        self.built += 1
+        form = tuple(t.shape for t in tensors_in(batch.raw))
+        size = self._sizes.get(form)
+        if size is not None:
+            return build(), size
+        graph, size = measured_bytes(build, self.problem.layout.device)
+        self._sizes[form] = size
+        return graph, size
+
+    @property
+    def bytes_of_one(self) -> int:
+        """Measured bytes of the largest graph so far; a pass through it takes about as much again."""
+        return max(self._sizes.values(), default=0)

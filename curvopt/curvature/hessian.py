@@ -1,0 +1,299 @@
+"""Hessian of a loss: double backward over one kept gradient graph, or differences of gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvopt._errors import CurvatureModeWarning, DoubleBackwardError
+from curvopt._params import ParameterLayout
+from curvopt.curvature.check import Probe, probe_double_backward
+from curvopt.curvature.differences import difference_product, scale_of, truncation_error
+from curvopt.curvature.graphs import GraphCache
+from curvopt.curvature.layers import group_by_layer
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.curvature.problem import Problem
+from curvopt.curvature.rank import suggested_rank
+from curvopt.curvature.routes import Route
+
+if TYPE_CHECKING:
+    from curvopt.curvature.ggn import GGN
+
+METHODS = ("auto", "double_backward", "finite_difference")
+
+
+class ProblemOperator(SymmetricOperator):
+    """An operator over a ``Problem``: shape, dtype and device follow its parameters, data are changed through it.
+
+    Args:
+        problem: model, loss and data.
+    """
+
+    layout: ParameterLayout
+
+    def __init__(self, problem: Problem) -> None:
+        layout = problem.layout
+        super().__init__(layout.total, layout.dtype, layout.device, layout)
+        self.problem = problem
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products: the parameters' now, float32 for half-precision ones."""
+        return self.problem.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now."""
+        return self.problem.layout.device
+
+    def set_batch(self, data: Any) -> None:
+        """Take other data, in any form that the constructor takes."""
+        self.problem.set_batch(data)
+
+    def reseed(self, seed: int) -> None:
+        """Take other dropout masks (and another reading order)."""
+        self.problem.reseed(seed)
+
+    def renew(self, generation: int) -> None:
+        """Go to a generation: loaders and callables are read anew, masks drawn anew; the same one changes nothing."""
+        self.problem.renew(generation)
+
+    def loss(self) -> Tensor:
+        """The loss at the parameters now, 0-dimensional."""
+        return self.problem.loss()
+
+    def gradient(self) -> Tensor:
+        """Its gradient, (P,)."""
+        return self.problem.gradient()
+
+    def suggested_rank(self) -> tuple[int, str] | None:
+        """``(k, reason)`` where the spectrum's gap is expected, or None where loss and outputs don't tell."""
+        return suggested_rank(self.problem)
+
+
+class Hessian(ProblemOperator):
+    """The Hessian of a loss over (some of) a model's parameters, as a symmetric operator.
+
+    A product is one backward pass through the graph of the gradient (Pearlmutter 1994), which is built at the first
+    product and kept inside ``hold()``: about 1.3 gradients a product for an MLP, 2 for a deep net. Nothing is left
+    behind: see ``curvopt.curvature.quiet``.
+
+    At construction one product on a few examples is compared with a central difference of gradients (about five
+    gradients of these examples), because some operations have no second derivative and others a wrong one.
+
+    Args:
+        model: the network.
+        loss_fn: maps (outputs, targets) to a scalar.
+        data: one batch, a list of batches, a DataLoader, or a callable that returns a batch.
+        params: parameters to differentiate by; None takes all that require grad.
+        forward: ``forward(model, batch)`` where a batch is not (inputs, targets).
+        reduction: "mean", "sum", or None to read ``loss_fn.reduction``.
+        weight: maps a batch to what its mean loss divides by.
+        method: "double_backward", "finite_difference" (central differences of gradients: no second derivative
+            needed, right to 1e-5 .. 1e-3 in float32 on smooth networks), or "auto": the first unless the probe speaks
+            against it.
+        mode: "train", "eval", or None for the model's own.
+        seed: of dropout masks and reading order; None is 0.
+        check: run the probe.
+        route: "loop" or "batched" pins how blocks are multiplied; None measures once.
+        graph_budget: bytes of gradient graphs kept at a time when the data are several batches, and of the work
+            space of a batched pass.
+        data_budget: bytes of data kept on an accelerator.
+
+    Attributes:
+        problem: model, loss and data as a function.
+        method: what is used, "double_backward" or "finite_difference".
+        probe: what the probe found, or None.
+
+    Raises:
+        DoubleBackwardError: the probe failed and no other way is open, or ``method="double_backward"`` was asked for.
+
+    Example:
+        >>> curvature = Hessian(model, torch.nn.CrossEntropyLoss(), (x, y))  # doctest: +SKIP
+        >>> curvature @ torch.ones(curvature.shape[0])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        data: Any,
+        params: Iterable[Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        *,
+        reduction: str | None = None,
+        weight: Callable[[Any], Any] | None = None,
+        method: str = "auto",
+        mode: str | None = None,
+        seed: int | None = None,
+        check: bool = True,
+        route: str | None = None,
+        graph_budget: int = 2**31,
+        data_budget: int = 2**30,
+    ) -> None:
+        problem = Problem(
+            model,
+            loss_fn,
+            data,
+            params,
+            forward,
+            reduction=reduction,
+            weight=weight,
+            mode=mode,
+            seed=seed,
+            data_budget=data_budget,
+        )
+        self._setup(problem, method, check, route, graph_budget)
+
+    @classmethod
+    def from_problem(
+        cls,
+        problem: Problem,
+        method: str = "auto",
+        *,
+        check: bool = True,
+        route: str | None = None,
+        graph_budget: int = 2**31,
+    ) -> Hessian:
+        """The Hessian of a ``Problem``, which stays shared with whoever else uses it."""
+        op = object.__new__(cls)
+        op._setup(problem, method, check, route, graph_budget)
+        return op
+
+    def _setup(self, problem: Problem, method: str, check: bool, route: str | None, graph_budget: int) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        super().__init__(problem)
+        self._route = Route(route)
+        self._graphs = GraphCache(problem, graph_budget)
+        self._holds = 0
+        self._displaced: list[Tensor] | None = None
+        self.probe: Probe | None = None
+        self.method = "finite_difference" if method == "finite_difference" else "double_backward"
+        if check and self.method == "double_backward":
+            self.probe = probe_double_backward(problem)
+            if self.probe.failed:
+                self._give_way(self.probe, method)
+
+    def _give_way(self, probe: Probe, method: str) -> None:
+        if method == "double_backward" or not probe.differences_work:
+            raise DoubleBackwardError(probe.message())
+        warnings.warn(
+            f"{probe.message()}\nUsing method='finite_difference' from here on.", CurvatureModeWarning, stacklevel=4
+        )
+        self.method = "finite_difference"
+
+    # ---- settings that a run stores
+    @property
+    def route(self) -> str | None:
+        """How blocks are multiplied, "loop" or "batched"; None until it was measured. Assign to pin it."""
+        return self._route.choice
+
+    @route.setter
+    def route(self, choice: str | None) -> None:
+        self._route = Route(choice)
+
+    @property
+    def graph_budget(self) -> int:
+        """Bytes of graphs kept at a time, and of the work space of a batched pass."""
+        return self._graphs.budget
+
+    @graph_budget.setter
+    def graph_budget(self, nbytes: int) -> None:
+        self._graphs.budget = int(nbytes)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Measured bytes of the largest batch's graph; 0 before the first product."""
+        return self._graphs.bytes_of_one
+
+    # ---- life time
+    @contextmanager
+    def hold(self) -> Iterator[SymmetricOperator]:
+        """Keep the gradient's graph until the outermost block ends; a graph whose weights changed is rebuilt."""
+        self._holds += 1
+        try:
+            yield self
+        finally:
+            self._holds -= 1
+            if self._holds == 0:
+                self._graphs.clear()
+                self._displaced = None
+
+    # ---- products
+    def _multiply(self, rows: Tensor) -> Tensor:
+        with self.hold():
+            if self.method == "finite_difference":
+                return torch.stack([self._difference(row) for row in rows]) if len(rows) else rows.clone()
+            return self._route.run(rows, self._one, self._many, self._width)
+
+    def _one(self, row: Tensor) -> Tensor:
+        out = torch.zeros_like(row)
+        vectors = self.layout.views(row)
+        for graph in self._graphs.each():
+            graph.multiply(out, vectors, batched=False)
+        return out
+
+    def _many(self, rows: Tensor) -> Tensor:
+        out = torch.zeros_like(rows)
+        vectors = [
+            block.reshape(-1, *shape) for block, shape in zip(self.layout.blocks(rows), self.layout.shapes, strict=True)
+        ]
+        for graph in self._graphs.each():
+            graph.multiply(out, vectors, batched=True)
+        return out
+
+    def _width(self) -> int:
+        """Columns of a batched pass: five columns' work space is taken for ten graphs' bytes, and must fit."""
+        return max(1, self.graph_budget // max(self._graphs.bytes_of_one, 1))
+
+    # ---- differences
+    def _gradient_at(self, displacement: Tensor) -> Tensor:
+        if self._displaced is None:
+            self._displaced = [p.detach().clone().requires_grad_() for p in self.layout.params]
+        with torch.no_grad():
+            for twin, p, step in zip(self._displaced, self.layout.params, self.layout.views(displacement), strict=True):
+                twin.copy_(p + step.to(p.dtype))
+        with self.problem.substituted(self._displaced):
+            return self.problem.gradient()
+
+    def _difference(self, row: Tensor, factor: float = 1.0) -> Tensor:
+        params = self.layout.params
+        return difference_product(self._gradient_at, row, scale_of(params), params[0].dtype, factor=factor)
+
+    def error_estimate(self, vector: Tensor) -> float:
+        """Relative error of a finite-difference product, from the steps h and 2h; four gradients."""
+        if self.method != "finite_difference":
+            raise ValueError("error_estimate is for method='finite_difference'; double backward is exact to rounding")
+        self._check(vector)
+        with self.hold():
+            return truncation_error(lambda factor: self._difference(vector, factor))
+
+    # ---- relatives
+    def ggn(self) -> GGN:
+        """The generalized Gauss-Newton operator of the same problem."""
+        from curvopt.curvature.ggn import GGN
+
+        return GGN.from_problem(self.problem)
+
+    def layers(self) -> dict[str, SymmetricOperator]:
+        """One operator a layer, by the dotted name of the owning module.
+
+        Each is the diagonal block of that layer's parameters; only these are differentiated, so a product costs less
+        than one of the whole. A tied parameter belongs to its first owner. Data and seed are shared.
+        """
+        out: dict[str, SymmetricOperator] = {}
+        for name, params in group_by_layer(self.layout).items():
+            out[name] = Hessian.from_problem(
+                self.problem.restricted(params),
+                self.method,
+                check=False,
+                route=self.route,
+                graph_budget=self.graph_budget,
+            )
+        return out
