@@ -21,7 +21,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -89,34 +89,26 @@ def all_modules(roots: Iterable[object]) -> list[nn.Module]:
 
 
 @contextmanager
-def gradient_hooks_suspended(params: Sequence[Tensor]) -> Iterator[None]:
+def _emptied(dictionaries: Iterable[dict[Any, Any] | None]) -> Iterator[None]:
+    stored = [(hooks, list(hooks.items())) for hooks in dictionaries if hooks]
+    for hooks, _ in stored:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, items in stored:
+            hooks.update(items)
+
+
+def gradient_hooks_suspended(params: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Empty the parameters' hook dictionaries for the block: the dictionaries stay, so handles stay valid."""
-    stored: list[tuple[dict[int, Any], list[tuple[int, Any]]]] = []
-    for p in params:
-        hooks = p._backward_hooks
-        if hooks:
-            stored.append((hooks, list(hooks.items())))  # type: ignore[arg-type]
-            hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, items in stored:
-            hooks.update(items)
+    return _emptied(
+        hooks for p in params for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None))
+    )
 
 
-@contextmanager
-def _module_hooks_suspended(modules: Sequence[nn.Module]) -> Iterator[None]:
-    stored = []
-    for module in modules:
-        for hooks in (module._backward_hooks, module._backward_pre_hooks):
-            if hooks:
-                stored.append((hooks, list(hooks.items())))
-                hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, items in stored:
-            hooks.update(items)
+def _module_hooks_suspended(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    return _emptied(hooks for module in modules for hooks in (module._backward_hooks, module._backward_pre_hooks))
 
 
 def _cloned_buffers(modules: Sequence[nn.Module]) -> Buffers:
