@@ -8,14 +8,20 @@ _PAPER = "arXiv 2505.11972, 2405.16002"
 _SPACE: SearchSpace = {"lr": Range(1e-4, 10.0), "momentum": Choice((0.0, 0.9))}
 
 
-def _entry(name: str, cls: str, paper: str = _PAPER, search: SearchSpace = _SPACE, remarks: str = "") -> Entry:
+_COEFFICIENTS = ("dominant", "bulk")
+
+
+def _entry(
+    name: str, cls: str, search: SearchSpace = _SPACE, remarks: str = "", omits: tuple[str, ...] = ()
+) -> Entry:
     return Entry(
         name,
-        f"curvopt.optim:{cls}",
+        f"curvopt.optim.sgd:{cls}",
         "subspace",
         needs_curvature=True,
         memory=None,
-        paper=paper,
+        omits=omits,
+        paper=_PAPER,
         licence="MIT",
         search=search,
         remarks=("Memory: the base's plus rank numbers a parameter. " + remarks).strip(),
@@ -23,8 +29,13 @@ def _entry(name: str, cls: str, paper: str = _PAPER, search: SearchSpace = _SPAC
 
 
 register(
-    _entry("bulk-sgd", "BulkSGD"),
-    _entry("dom-sgd", "DomSGD", remarks="Expected to stall: it shows what the dominant part alone can do."),
+    _entry("bulk-sgd", "BulkSGD", omits=_COEFFICIENTS),
+    _entry(
+        "dom-sgd",
+        "DomSGD",
+        remarks="Expected to stall: it shows what the dominant part alone can do.",
+        omits=_COEFFICIENTS,
+    ),
     _entry(
         "interpolated-sgd",
         "InterpolatedSGD",

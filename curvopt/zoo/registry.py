@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -56,6 +56,7 @@ class Entry:
         target: ``"module:Class"``, imported when first needed.
         family: ``"sgd"``, ``"adaptive"``, ``"sign"``, ``"quasi-newton"``, ``"matrix"``, ``"curvature"`` or ``"subspace"``.
         fixed: keyword arguments that make this entry of the class (momentum for one).
+        omits: arguments of the parent class that this one fixes and refuses.
         needs_closure: ``step`` must be given a closure.
         needs_create_graph: gradients must come from ``backward(create_graph=True)``.
         needs_curvature: ``create`` must be given ``curvature=``.
@@ -77,6 +78,7 @@ class Entry:
     target: str
     family: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    omits: tuple[str, ...] = ()
     needs_closure: bool = False
     needs_create_graph: bool = False
     needs_curvature: bool = False
@@ -101,6 +103,10 @@ _EXTRAS = {"torch_optimizer": "optimizers", "pytorch_optimizer": "optimizers", "
 COMPOSED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {"scaled": {}, "bulk": {"dominant": 0.0, "bulk": 1.0}, "dom": {"dominant": 1.0, "bulk": 0.0}}
 )
+
+
+_WRAPPER = Entry("scaled", "curvopt.optim.wrapper:SubspaceScaled", "subspace")
+_WRAPPER_OWN = ("curvature", "rank", "dominant", "bulk", "check_finite", "curvature_closure")
 
 
 def register(*entries: Entry) -> None:
@@ -152,11 +158,19 @@ def _load(entry: Entry) -> type[torch.optim.Optimizer]:
         ) from error
 
 
-def _signature(cls: type) -> dict[str, Any]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(inspect.signature(cls).parameters.values())[1:]  # the first is params, or a base optimizer
-    empty = inspect.Parameter.empty
-    return {p.name: (None if p.default is empty else p.default) for p in parameters if p.kind in kinds}
+def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
+    """Keyword arguments and defaults; a class that passes ``**kwargs`` on takes those of its parent too."""
+    empty, forbidden = inspect.Parameter.empty, set(fixed_by_class)
+    found: dict[str, Any] = {}
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[2:]  # self, then params or base
+        named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        found = {**{p.name: None if p.default is empty else p.default for p in named}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return {name: value for name, value in found.items() if name not in forbidden}
 
 
 def _status(entry: Entry) -> Entry:
@@ -176,7 +190,10 @@ def _status(entry: Entry) -> Entry:
 
 def wrapper_defaults() -> dict[str, Any]:
     """Keyword arguments of ``SubspaceScaled`` and their defaults."""
-    return _signature(_load(Entry("scaled", "curvopt.optim:SubspaceScaled", "subspace")))
+    from curvopt.optim.config import SubspaceConfig
+
+    own = _signature(_load(_WRAPPER))
+    return {**{f.name: f.default for f in fields(SubspaceConfig)}, **{k: v for k, v in own.items() if k in _WRAPPER_OWN}}
 
 
 def describe(name: str) -> Entry:
@@ -200,7 +217,7 @@ def describe(name: str) -> Entry:
             remarks=f"SubspaceScaled around {base_name}: its memory plus rank numbers a parameter. {base.remarks}".strip(),
         )
     entry = _status(_plain(name))
-    found = _signature(_load(entry)) if entry.available else {}
+    found = _signature(_load(entry), entry.omits) if entry.available else {}
     return replace(
         entry,
         fixed=MappingProxyType(dict(entry.fixed)),
@@ -265,13 +282,12 @@ def create(name: str, params: Any, **kw: Any) -> torch.optim.Optimizer:
         _check_keys(name, kw, {**own, **describe(base_name).defaults})
         mine = {k: v for k, v in kw.items() if k in own}
         base = create(base_name, params, **{k: v for k, v in kw.items() if k not in own})
-        cls = _load(Entry(how, "curvopt.optim:SubspaceScaled", "subspace"))
-        return cls(base, **{**COMPOSED[how], **mine})
+        return _load(_WRAPPER)(base, **{**COMPOSED[how], **mine})
     entry = _status(_plain(name))
     if not entry.available:
         if entry.reason.endswith("installed") or "pip install" in entry.reason:
             raise MissingExtraError(f"{name!r}: {entry.reason}")
         raise UnavailableOptimizerError(f"{name!r} does not work here: {entry.reason}")
     cls = _load(entry)
-    _check_keys(name, kw, _signature(cls))
+    _check_keys(name, kw, _signature(cls, entry.omits))
     return cls(params, **{**entry.fixed, **kw})

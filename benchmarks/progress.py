@@ -1,0 +1,61 @@
+"""Live progress in a terminal: what runs, in which phase, how far; silent when the output is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """One bar a run; use as a context manager.
+
+    Args:
+        enabled: None shows bars only in a terminal.
+    """
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        console = Console(stderr=True)
+        shown = sys.stderr.isatty() if enabled is None else enabled
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not shown,
+        )
+        self._task: int | None = None
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """Start the bar of a run."""
+        self._task = self._bar.add_task(title, total=total, completed=done, phase="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Set the number of steps done, and a short note such as the loss."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, phase=note or "training")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what happens inside the block."""
+        if self._task is not None:
+            self._bar.update(self._task, phase=name)
+        yield
+        if self._task is not None:
+            self._bar.update(self._task, phase="training")

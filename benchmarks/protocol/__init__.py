@@ -1,0 +1,1 @@
+"""How a run is done: data order, training loop, measurements, checkpoints."""

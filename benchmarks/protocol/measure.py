@@ -1,0 +1,119 @@
+"""What the harness itself measures of a run's curvature; its cost stays out of the optimizer's account."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.tasks import Task
+from curvopt._params import named_parameters
+from curvopt.curvature import Hessian
+from curvopt.linalg import eigsh
+
+# Eigenvalues enter a plot and the subspace a share: a residual of 1e-2 lambda_1 moves them by about its square.
+_TOLERANCE = 1e-2
+
+
+class CurvatureMeter:
+    """Leading eigenpairs of the Hessian on the task's curvature batch, by the harness's own products.
+
+    Args:
+        task, model: what is trained.
+        rank: number of eigenpairs.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, rank: int) -> None:
+        self._operator: Hessian = task.curvature(model)
+        self._layout = named_parameters(model)
+        self.rank = min(rank, self._layout.total)
+        self.vectors: Tensor | None = None
+        self.matvecs = 0
+
+    def update(self) -> dict[str, float]:
+        """Find the eigenpairs at the present weights, warm from the last ones; columns ``lambda/1`` to ``lambda/k``."""
+        self._operator.renew(0)
+        result = eigsh(self._operator, self.rank, tol=_TOLERANCE, v0=self.vectors)
+        self.matvecs += result.matvecs
+        self.vectors = result.eigenvectors
+        return {f"lambda/{i}": float(v) for i, v in enumerate(result.eigenvalues, 1)}
+
+    def share(self, tensors: Sequence[Tensor | None]) -> float:
+        """chi_k(u) = ||P_k u|| / ||u|| of tensors shaped like the parameters; NaN for u = 0."""
+        assert self.vectors is not None
+        flat = self._layout.flatten([None if t is None else t.detach() for t in tensors])
+        norm = float(flat.norm())
+        return float((self.vectors.T @ flat).norm()) / norm if norm > 0 else math.nan
+
+    def snapshot(self) -> list[Tensor]:
+        """The parameters as they are now."""
+        return [p.detach().clone() for p in self._layout.params]
+
+    def share_of_update(self, before: Sequence[Tensor]) -> float:
+        """Dominant share of the displacement since ``snapshot``."""
+        return self.share([p.detach() - old for p, old in zip(self._layout.params, before, strict=True)])
+
+    def gradient(self, loss: Tensor) -> list[Tensor | None]:
+        """Gradient of a loss without touching ``.grad``."""
+        return list(torch.autograd.grad(loss, self._layout.params, allow_unused=True))
+
+    def energy(self) -> dict[str, float]:
+        """Shares of the curvature energy inside the dominant subspace, for H, its GGN part and the rest."""
+        from curvopt.diagnostics import curvature_energy
+
+        assert self.vectors is not None
+        return _flatten_energy(curvature_energy(self._operator, self.vectors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next warm start needs."""
+        return {"vectors": self.vectors, "matvecs": self.matvecs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self.vectors, self.matvecs = state["vectors"], int(state["matvecs"])
+
+
+def _flatten_energy(result: Any) -> dict[str, float]:
+    raise NotImplementedError
+
+
+def product_cost(task: Task, model: nn.Module, batch_size: int, products: int = 10, repeats: int = 3) -> float:
+    """Cost of one curvature product in gradients of a training batch, measured: the best of ``repeats``.
+
+    A product is a tenth of ten products with the graph kept, its construction included, as a refresh spends them.
+    """
+    operator = task.curvature(model)
+    batch = task.batch(torch.arange(batch_size, device=task.device))
+    params = [p for p in model.parameters() if p.requires_grad]
+    vector = torch.ones(1, operator.shape[0], dtype=operator.dtype, device=operator.device)
+
+    def gradients() -> None:
+        for _ in range(products):
+            torch.autograd.grad(task.loss(model, batch), params, allow_unused=True)
+
+    def curvature() -> None:
+        operator.renew(0)
+        with operator.hold():
+            for _ in range(products):
+                operator.multiply_rows(vector)
+
+    return _best_seconds(curvature, task.device, repeats) / _best_seconds(gradients, task.device, repeats)
+
+
+def _best_seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
+    best = math.inf
+    for _ in range(repeats + 1):  # the first one warms up
+        start = _now(device)
+        work()
+        best = min(best, _now(device) - start)
+    return best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

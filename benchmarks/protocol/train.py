@@ -1,0 +1,393 @@
+"""The training loop: one run, from its configuration to its outcome, resumable at every checkpoint bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import tasks
+from benchmarks.config import ConfigError, RunConfig, run_directory, to_dict
+from benchmarks.progress import RunProgress
+from benchmarks.protocol.checkpoint import VERSION, RunFolder
+from benchmarks.protocol.clock import Stopwatch
+from benchmarks.protocol.environment import environment
+from benchmarks.protocol.measure import CurvatureMeter, product_cost
+from benchmarks.protocol.order import DataOrder
+from benchmarks.protocol.log import RunLog
+from curvopt import zoo
+from curvopt._errors import NonFiniteError
+
+# A mini-batch loss this many times the first one is not coming back.
+_HOPELESS = 1e4
+_ORDER_SEED, _NOISE_SEED = 1, 2  # apart from the seed of the weights
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        status: ``"done"`` or ``"diverged"``.
+        reason: for a diverged run, why and where.
+        folder: its files.
+        record: what ``result.json`` holds: the last evaluation and the account.
+        resumed: continued from a checkpoint, or found finished.
+    """
+
+    status: str
+    reason: str
+    folder: RunFolder
+    record: dict[str, Any]
+    resumed: bool
+
+
+class _Diverged(Exception):
+    pass
+
+
+class Account:
+    """What an optimizer spent: gradients and products exactly, seconds as measured."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, entry: zoo.Entry, cost: float) -> None:
+        self.optimizer = optimizer
+        self.entry = entry
+        self.cost = cost
+        self.gradients = 0
+        self._carried = {"seconds_refresh": 0.0, "seconds_projection": 0.0}
+
+    def _stats(self) -> dict[str, float]:
+        stats: Callable[[], dict[str, float]] | None = getattr(self.optimizer, "stats", None)
+        return stats() if stats is not None else {}
+
+    def seconds(self, label: str) -> float:
+        """Seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
+        return self._carried[label] + self._stats().get(label, 0.0)
+
+    def columns(self, watch: Stopwatch) -> dict[str, Any]:
+        """Counts first, then measured seconds (columns that begin with ``seconds``)."""
+        stats = self._stats()
+        products = stats.get("matvecs", 0) + self.entry.products_per_step * self.gradients
+        out: dict[str, Any] = {
+            "gradients": self.gradients,
+            "products": int(products),
+            "gradient_equivalents": self.gradients + (products * self.cost if products else 0.0),
+        }
+        if stats:
+            out |= {"refreshes": int(stats["refreshes"]), "basis_age": int(stats["age"])}
+        refresh, projection = self.seconds("seconds_refresh"), self.seconds("seconds_projection")
+        total = watch.get("train")
+        return out | {
+            "seconds": total,
+            "seconds_base": total - refresh - projection,
+            "seconds_refresh": refresh,
+            "seconds_projection": projection,
+            "seconds_measure": watch.get("measure"),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": self.gradients, "cost": self.cost, **{k: self.seconds(k) for k in self._carried}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.gradients, self.cost = int(state["gradients"]), float(state["cost"])
+        now = self._stats()
+        self._carried = {k: float(state[k]) - now.get(k, 0.0) for k in self._carried}
+
+
+class Run:
+    """One run in memory: model, optimizer, data order, account; everything that a checkpoint holds.
+
+    Args:
+        config: of the run.
+        folder: where it writes.
+        progress: a bar that names the phase.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, progress: RunProgress) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.device = torch.device(config.device)
+        self.step = 0
+        self.task = tasks.build(config.task, self.device)
+        self.model = self.task.model(config.seed)
+        self.order = DataOrder(self.task.examples, config.batch_size, 1000 * config.seed + _ORDER_SEED)
+        torch.manual_seed(1000 * config.seed + _NOISE_SEED)
+        self.entry = zoo.describe(config.optimizer["zoo"])
+        self.optimizer = self._build_optimizer()
+        self.account = Account(self.optimizer, self.entry, math.nan)
+        self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank) if self._meters else None
+        self.watch = Stopwatch(self.device)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_count = 0
+        self.first_loss: float | None = None
+
+    @property
+    def _meters(self) -> bool:
+        return self.config.measure_every > 0 or self.config.energy_every > 0
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", "zoo", "label")}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
+            given["curvature"] = self.task.curvature(self.model)
+        return zoo.create(self.config.optimizer["zoo"], params, **given)
+
+    def measure_cost(self) -> None:
+        """Set what a product costs: pinned by the config, else measured once and kept in the checkpoint."""
+        if self.config.product_cost is not None:
+            self.account.cost = self.config.product_cost
+        elif self.entry.needs_curvature or self.entry.products_per_step:
+            with self.progress.phase("timing a product"):
+                self.account.cost = product_cost(self.task, self.model, self.config.batch_size)
+
+    # ---- state
+    def state_dict(self, log_bytes: int) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "account": self.account.state_dict(),
+            "meter": None if self.meter is None else self.meter.state_dict(),
+            "seconds": dict(self.watch.seconds),
+            "loss": (self.loss_sum, self.loss_count, self.first_loss),
+            "log_bytes": log_bytes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the run that saved this."""
+        self.step = int(state["step"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order.load_state_dict(state["order"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        self.account.load_state_dict(state["account"])
+        if self.meter is not None:
+            self.meter.load_state_dict(state["meter"])
+        self.watch.seconds = dict(state["seconds"])
+        loss_sum, count, first = state["loss"]
+        self.loss_sum, self.loss_count, self.first_loss = loss_sum.to(self.device), int(count), first
+
+    # ---- the loop
+    def train(self, log: RunLog) -> None:
+        """Go on to the last step; one record a step at which something is due.
+
+        Raises:
+            _Diverged: the loss is not finite any more, or hopeless.
+        """
+        config = self.config
+        start = self.step
+        while self.step < config.steps:
+            if self.step % config.checkpoint_every == 0 and self.step > start:
+                self._save(log)
+            record = self._look()
+            index = self.order.next().to(self.device)
+            measuring = "lambda/1" in record
+            batch = self.task.batch(index)
+            if measuring:
+                record |= self._measure_gradient(batch)
+            before = self.meter.snapshot() if measuring and self.meter is not None else None
+            with self.watch.lap("train"):
+                self._step(batch)
+            if before is not None and self.meter is not None:
+                record["chi_update"] = self.meter.share_of_update(before)
+            if record:
+                log.write(self.step, record)
+                self.progress.advance(self.step, f"training, loss {record.get('batch_loss', record.get('train_loss', math.nan)):.3g}")
+            self.step += 1
+
+    def last_look(self, log: RunLog) -> dict[str, Any]:
+        """The record at the end of the run: evaluated whatever is due."""
+        record = self._look(last=True)
+        log.write(self.step, record)
+        self.progress.advance(self.step, "done")
+        return record
+
+    def _due(self, every: int, last: bool) -> bool:
+        return last or self.step == 0 or (every > 0 and self.step % every == 0)
+
+    def _look(self, last: bool = False) -> dict[str, Any]:
+        config = self.config
+        record: dict[str, Any] = {}
+        if self.loss_count and (last or self.step % config.log_every == 0):
+            record["batch_loss"] = self._take_loss()
+        if self._due(config.eval_every, last):
+            with self.progress.phase("evaluating"), self._evaluating():
+                record |= self.task.evaluate(self.model)
+        if self.meter is not None:
+            with self.watch.lap("measure"):
+                record |= self._look_at_curvature(last)
+        if record:
+            record |= self._rate() | self.account.columns(self.watch)
+        return record
+
+    def _look_at_curvature(self, last: bool) -> dict[str, float]:
+        config, meter = self.config, self.meter
+        assert meter is not None
+        record: dict[str, float] = {}
+        measures = config.measure_every > 0 and self._due(config.measure_every, last)
+        energy = config.energy_every > 0 and self._due(config.energy_every, last)
+        if measures or energy:
+            with self.progress.phase("measuring curvature"):
+                record |= meter.update()
+                full = meter.gradient(self.task.loss(self.model, self.task.curvature_batch()))
+                record["chi_full_gradient"] = meter.share(full)
+        if energy:
+            with self.progress.phase("measuring curvature energy"):
+                record |= meter.energy()
+        return record
+
+    def _measure_gradient(self, batch: Any) -> dict[str, float]:
+        assert self.meter is not None
+        with self.watch.lap("measure"), torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            return {"chi_gradient": self.meter.share(self.meter.gradient(self.task.loss(self.model, batch)))}
+
+    def _rate(self) -> dict[str, float]:
+        lr = float(self.optimizer.param_groups[0].get("lr") or math.nan)
+        return {"lr": lr, "edge": 2.0 / lr if lr > 0 else math.inf}
+
+    def _evaluating(self) -> ExitStack:
+        """Model in eval mode, and an optimizer that keeps its answer elsewhere (schedule-free) too."""
+        stack = ExitStack()
+        modes = [(m, m.training) for m in self.model.modules()]
+
+        def restore() -> None:
+            for module, training in modes:
+                module.training = training
+            if self.entry.needs_train_mode:
+                self.optimizer.train()  # type: ignore[attr-defined]
+
+        stack.callback(restore)
+        self.model.eval()
+        if self.entry.needs_train_mode:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+        return stack
+
+    def _step(self, batch: Any) -> None:
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self.task.loss(self.model, batch)
+            loss.backward(create_graph=self.entry.needs_create_graph)
+            self.account.gradients += 1
+            return loss
+
+        if self.entry.needs_closure:
+            loss = self.optimizer.step(closure)
+        else:
+            loss = closure()
+            self.optimizer.step()
+        self.loss_sum += loss.detach()  # type: ignore[union-attr]
+        self.loss_count += 1
+        if self.entry.needs_create_graph:  # a gradient that holds its own graph holds the whole step
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _take_loss(self) -> float:
+        """Mean mini-batch loss since the last call; the one place where the loop waits for the device."""
+        loss = float(self.loss_sum) / self.loss_count
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        if self.first_loss is None:
+            self.first_loss = loss
+        if not math.isfinite(loss):
+            raise _Diverged(f"the loss was not finite before step {self.step}")
+        if loss > _HOPELESS * max(self.first_loss, 1e-3):
+            raise _Diverged(f"the loss was {loss:.3g} before step {self.step}, {self.first_loss:.3g} at the start")
+        return loss
+
+    def _save(self, log: RunLog) -> None:
+        with self.progress.phase("writing a checkpoint"):
+            self.folder.save(self.state_dict(log.sync()))
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+def execute(config: RunConfig, progress: RunProgress | None = None, quiet: bool = True) -> Outcome:
+    """Do a run, go on with one that was interrupted, or give the outcome of one that is done.
+
+    Args:
+        config: of the run.
+        progress: the bar to use; None makes none.
+        quiet: keep the optimizers' warnings of spectra and refreshes to one each.
+
+    Raises:
+        ConfigError: the folder holds another configuration's results, or the task and the config don't fit.
+        DataMissingError: the task's data are not at hand.
+    """
+    folder = RunFolder(run_directory(config))
+    bar = progress if progress is not None else RunProgress(enabled=False)
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        stack.enter_context(folder.lock())
+        finished = folder.finished()
+        folder.claim(config, {"version": VERSION, **environment()})
+        if finished is not None:
+            return Outcome(finished["status"], finished["reason"], folder, finished, resumed=True)
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(config.threads)
+        if quiet:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("once")
+        return _execute(config, folder, bar)
+
+
+def _execute(config: RunConfig, folder: RunFolder, bar: RunProgress) -> Outcome:
+    try:
+        run = Run(config, folder, bar)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{config.optimizer['file']} on {config.task['file']}: {error}") from error
+    state = folder.load()
+    bar.begin(f"{config.task['title']}: {config.optimizer['label']}, seed {config.seed}", config.steps)
+    if state is None:
+        run.measure_cost()
+    else:
+        run.load_state_dict(state)
+    started = time.time()
+    status, reason = "done", ""
+    with RunLog(folder.path, to_dict(config), resume_bytes=None if state is None else int(state["log_bytes"])) as log:
+        try:
+            run.train(log)
+            last = run.last_look(log)
+        except (_Diverged, NonFiniteError) as error:
+            status, reason = "diverged", str(error)
+            last = run.account.columns(run.watch)
+        result = {
+            "status": status,
+            "reason": reason,
+            "step": run.step,
+            "product_cost": run.account.cost,
+            "data": run.task.data_source,
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "finished_after": time.time() - started,
+            **last,
+        }
+        log.finish(result)
+    if not math.isnan(run.account.cost):
+        pass
+    folder.finish({k: _strict(v) for k, v in result.items()})
+    return Outcome(status, reason, folder, result, resumed=state is not None)
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity as words: strict JSON has none."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["Account", "Outcome", "Run", "execute", "nn"]

@@ -1,0 +1,137 @@
+"""Figures of a comparison, each with its data as CSV beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report.records import AXES, RunRecord, by_label
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; black and grey stand in for its yellow.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C")
+LINES = ("-", "--", "-.", ":")
+_META = {"Software": None}  # no dates or versions: the same data give the same file
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour and line of the optimizer at this place: colour alone never carries the meaning."""
+    return {"color": PALETTE[index % len(PALETTE)], "linestyle": LINES[(index // 2) % len(LINES)]}
+
+
+def _long(records: Sequence[RunRecord], columns: Sequence[str]) -> pd.DataFrame:
+    """All runs below each other: optimizer, seed, step, columns."""
+    parts = []
+    for record in records:
+        present = [c for c in columns if c in record.frame]
+        part = record.frame[present].dropna(how="all").reset_index()
+        part.insert(0, "seed", record.config.seed)
+        part.insert(0, "optimizer", record.label)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=_META)
+    plt.close(figure)
+    table.to_csv(folder / f"{name}.csv", index=False)
+    return path
+
+
+def _curve(ax: Axes, runs: Sequence[RunRecord], x: str, y: str, index: int, label: str) -> None:
+    lines = []
+    for run in runs:
+        values = run.column(y)
+        if len(values):
+            xs = values.index if x == "step" else run.frame.loc[values.index, x]
+            lines.append((list(xs), list(values)))
+    for i, (xs, ys) in enumerate(lines):
+        ax.plot(xs, ys, label=label if i == 0 else None, linewidth=1.6, alpha=1.0 if len(lines) == 1 else 0.6, **style(index))
+    for run in runs:
+        if run.status == "diverged" and len(values := run.column(y)):
+            at = values.index[-1] if x == "step" else run.frame.loc[values.index[-1], x]
+            ax.plot([at], [values.iloc[-1]], marker="x", markersize=8, color=style(index)["color"])
+
+
+def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target: float | None) -> list[Path]:
+    """Train loss against steps, gradient-equivalents and seconds: one figure each, a cross where a run diverged."""
+    paths = []
+    for x, words in AXES.items():
+        figure, ax = plt.subplots(figsize=(7.5, 4.6))
+        for i, (label, runs) in enumerate(by_label(records).items()):
+            _curve(ax, runs, x, "train_loss", i, label)
+        if target is not None:
+            ax.axhline(target, color="0.4", linewidth=0.8, linestyle=(0, (1, 3)))
+            ax.annotate(f"target {target:g}", (0.005, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        ax.set(yscale="log", xlabel=words, ylabel="train loss (whole training set)", title=title)
+        if x == "gradient_equivalents":
+            ax.set_xscale("symlog", linthresh=100)
+        ax.grid(alpha=0.25)
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        columns = ["train_loss", "test_loss", "test_accuracy", "gradient_equivalents", "seconds"]
+        paths.append(_save(figure, _long(records, columns), folder, f"loss_against_{words.replace('-', '_')}"))
+    return paths
+
+
+def alignment_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
+    """Dominant share of gradient and update against steps."""
+    panels = {"chi_gradient": "mini-batch gradient", "chi_full_gradient": "gradient of the curvature batch", "chi_update": "update"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
+    for ax, (column, words) in zip(axes, panels.items(), strict=True):
+        for i, (label, runs) in enumerate(by_label(records).items()):
+            _curve(ax, runs, "step", column, i, label)
+        ax.set(xlabel="steps", title=words, ylim=(-0.02, 1.02))
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel(r"share in the top k,  $\|P_k u\|/\|u\|$")
+    axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title)
+    return _save(figure, _long(records, list(panels)), folder, "alignment")
+
+
+def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
+    """Leading eigenvalues against 2/lr, a panel an optimizer (the first seed)."""
+    groups = by_label(records)
+    width = min(4, max(1, len(groups)))
+    height = -(-len(groups) // width)
+    figure, grid = plt.subplots(height, width, figsize=(3.3 * width, 2.7 * height), sharex=True, sharey=True, squeeze=False)
+    for ax in grid.flat[len(groups) :]:
+        ax.set_visible(False)
+    names: list[str] = []
+    for ax, (label, runs) in zip(grid.flat, groups.items(), strict=False):
+        run = runs[0]
+        names = sorted((c for c in run.frame if str(c).startswith("lambda/")), key=lambda c: int(c.partition("/")[2])) or names
+        for j, name in enumerate(names):
+            values = run.column(name)
+            values = values[values > 0]
+            shade = matplotlib.colormaps["viridis"](0.85 * j / max(len(names) - 1, 1))
+            ax.plot(values.index, values, color=shade, linewidth=1.2)
+        edge = run.column("edge")
+        if len(edge):
+            ax.plot(edge.index, edge, color="#D55E00", linestyle="--", linewidth=1.3)
+        ax.set(yscale="log", title=label)
+        ax.title.set_fontsize(9)
+        ax.grid(alpha=0.25)
+    figure.supxlabel("steps")
+    figure.supylabel("eigenvalue")
+    figure.suptitle(f"{title}: eigenvalues 1 (dark) to {len(names)} (light) of the Hessian; 2/lr dashed", fontsize=10)
+    figure.tight_layout()
+    return _save(figure, _long(records, [*names, "edge"]), folder, "eigenvalues")
+
+
+def all_figures(records: Sequence[RunRecord], folder: Path, title: str, target: float | None) -> list[Path]:
+    """Every figure that the records have data for."""
+    paths = loss_figures(records, folder, title, target)
+    if any(len(r.column("chi_update")) for r in records):
+        paths.append(alignment_figure(records, folder, title))
+    if any(len(r.column("lambda/1")) for r in records):
+        paths.append(eigenvalue_figure(records, folder, title))
+    return paths

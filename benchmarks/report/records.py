@@ -1,0 +1,110 @@
+"""Reading runs back: what a report is made from is on disk, nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.config import ConfigError, RunConfig, load_run
+
+# Columns that a repeated run need not repeat: they are measured, all others are counted or computed.
+MEASURED = ("seconds", "seconds_base", "seconds_refresh", "seconds_projection", "seconds_measure")
+AXES = {"step": "steps", "gradient_equivalents": "gradient-equivalents", "seconds": "seconds"}
+
+
+@dataclass
+class RunRecord:
+    """One run on disk.
+
+    Attributes:
+        config: as it was resolved.
+        frame: a row a record, indexed by ``step``; a column that was not due at a step holds NaN.
+        result: status, reason and the last account.
+    """
+
+    config: RunConfig
+    frame: pd.DataFrame
+    result: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The optimizer's name for tables."""
+        return str(self.config.optimizer["label"])
+
+    @property
+    def status(self) -> str:
+        """``done`` or ``diverged`` or ``failed``."""
+        return str(self.result["status"])
+
+    def column(self, name: str) -> pd.Series:
+        """A column without the steps at which it was not due; empty where the run never had it."""
+        if name not in self.frame:
+            return pd.Series(dtype=float)
+        return self.frame[name].dropna()
+
+    def last(self, name: str) -> float:
+        """The last value of a column; NaN where there is none."""
+        column = self.column(name)
+        return float(column.iloc[-1]) if len(column) else math.nan
+
+    def to_target(self, target: float, axis: str) -> float:
+        """Where ``axis`` stood at the first evaluation with a train loss of at most ``target``; infinite for a miss."""
+        reached = self.frame[self.frame["train_loss"] <= target] if "train_loss" in self.frame else self.frame.iloc[:0]
+        if not len(reached):
+            return math.inf
+        return float(reached.index[0] if axis == "step" else reached[axis].iloc[0])
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf", "NaN", "Infinity", "-Infinity") else value
+
+
+def load_record(folder: str | Path) -> RunRecord:
+    """Read a run's folder; a last line that a kill cut short is left out.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    path = Path(folder)
+    config = load_run(path / "config.yaml")
+    rows = []
+    log = path / "log.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            rows.append({k: _number(v) for k, v in json.loads(line).items()})
+        except json.JSONDecodeError:
+            break
+    frame = pd.DataFrame([r for r in rows if "step" in r])
+    frame = frame.set_index("step") if len(frame) else pd.DataFrame(index=pd.Index([], name="step"))
+    result_file = path / "result.json"
+    if result_file.exists():
+        result = {k: _number(v) for k, v in json.loads(result_file.read_text()).items()}
+    else:
+        result = {"status": "unfinished", "reason": f"last record at step {frame.index[-1] if len(frame) else 0}"}
+    return RunRecord(config, frame, result)
+
+
+def find_records(root: str | Path) -> list[RunRecord]:
+    """Every run below a folder, sorted by optimizer and seed.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files = sorted(Path(root).rglob("config.yaml"))
+    if not files:
+        raise ConfigError(f"no runs below {root}")
+    return [load_record(f.parent) for f in files]
+
+
+def by_label(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs of each optimizer, in the order of their first appearance."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(record.label, []).append(record)
+    return groups

@@ -1,0 +1,184 @@
+"""The comparison as a table: Markdown for files, aligned for a terminal, and the verdict in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from benchmarks.report.records import AXES, RunRecord, by_label
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds. A miss counts as infinite, so the median is what stays meaningful."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over seeds; NaN without values."""
+        known = [v for v in self.values if not math.isnan(v)]
+        return statistics.median(known) if known else math.nan
+
+    def text(self, form: str) -> str:
+        """``median (smallest-largest)``, or the one value."""
+        known = [v for v in self.values if not math.isnan(v)]
+        if not known:
+            return "-"
+        middle = _number(self.median, form)
+        if len(known) == 1 or min(known) == max(known):
+            return middle
+        return f"{middle} ({_number(min(known), form)} to {_number(max(known), form)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer.
+
+    Attributes:
+        label, seeds, status: name, number of runs, and how they ended.
+        train_loss, test_accuracy: at the end; accuracy a share.
+        to_target: axis -> where it stood when the target was reached; infinite for a miss.
+        products, refreshes: in all.
+        base, refresh, projection: milliseconds a step; the three together are the step.
+        chi: mean dominant share of the update.
+    """
+
+    label: str
+    seeds: int
+    status: str
+    train_loss: Spread
+    test_accuracy: Spread
+    to_target: dict[str, Spread]
+    products: Spread
+    refreshes: Spread
+    base: Spread
+    refresh: Spread
+    projection: Spread
+    chi: Spread
+
+
+def _number(value: float, form: str) -> str:
+    if math.isnan(value):
+        return "-"
+    return "not reached" if math.isinf(value) else format(value, form)
+
+
+def _status(runs: Sequence[RunRecord]) -> str:
+    counts = {s: sum(r.status == s for r in runs) for s in dict.fromkeys(r.status for r in runs)}
+    if list(counts) == ["done"]:
+        return "done"
+    if len(runs) == 1:
+        return f"{runs[0].status} at step {int(runs[0].result.get('step', 0))}" if "step" in runs[0].result else runs[0].status
+    return ", ".join(f"{n} {s}" for s, n in counts.items())
+
+
+def _per_step(record: RunRecord, column: str) -> float:
+    steps = record.result.get("step", 0)
+    return 1e3 * record.last(column) / steps if steps else math.nan
+
+
+def summarise(records: Sequence[RunRecord], target: float | None) -> list[Row]:
+    """One row an optimizer, sorted by the median final train loss; runs that ended early come last.
+
+    Args:
+        records: runs of one task.
+        target: train loss that counts as solved; None leaves "to target" out.
+    """
+
+    def spread(runs: Sequence[RunRecord], name: str) -> Spread:
+        return Spread(tuple(r.last(name) if r.status == "done" else math.nan for r in runs))
+
+    rows = []
+    for label, runs in by_label(records).items():
+        reached = {} if target is None else {a: Spread(tuple(r.to_target(target, a) for r in runs)) for a in AXES}
+        chi = [float(c.mean()) if len(c := r.column("chi_update")) else math.nan for r in runs]
+        rows.append(
+            Row(
+                label=label,
+                seeds=len(runs),
+                status=_status(runs),
+                train_loss=spread(runs, "train_loss"),
+                test_accuracy=spread(runs, "test_accuracy"),
+                to_target=reached,
+                products=Spread(tuple(r.last("products") for r in runs)),
+                refreshes=Spread(tuple(r.last("refreshes") for r in runs)),
+                base=Spread(tuple(_per_step(r, "seconds_base") for r in runs)),
+                refresh=Spread(tuple(_per_step(r, "seconds_refresh") for r in runs)),
+                projection=Spread(tuple(_per_step(r, "seconds_projection") for r in runs)),
+                chi=Spread(tuple(chi)),
+            )
+        )
+    return sorted(rows, key=lambda r: math.inf if math.isnan(r.train_loss.median) else r.train_loss.median)
+
+
+def cells(rows: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
+    """Header and texts."""
+    header = ["optimizer", "status", "train loss", "test accuracy"]
+    if target is not None:
+        header += [f"{name} to {target:g}" for name in AXES.values()]
+    header += ["products", "ms a step: base", "refresh", "projection", "share of update in top k"]
+    body = []
+    for r in rows:
+        line = [r.label, r.status, r.train_loss.text(".4g"), Spread(tuple(100 * v for v in r.test_accuracy.values)).text(".2f")]
+        if line[-1] != "-":
+            line[-1] += " %"
+        if target is not None:
+            line += [r.to_target["step"].text(",.0f"), r.to_target["gradient_equivalents"].text(",.0f")]
+            line += [r.to_target["seconds"].text(".2f")]
+        line += [r.products.text(",.0f"), r.base.text(".2f"), r.refresh.text(".2f"), r.projection.text(".2f")]
+        body.append([*line, r.chi.text(".2f")])
+    return header, body
+
+
+def markdown(rows: Sequence[Row], target: float | None) -> str:
+    """A Markdown table."""
+    header, body = cells(rows, target)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)]) + "\n"
+
+
+def terminal(rows: Sequence[Row], target: float | None, title: str) -> Table:
+    """The same for rich."""
+    header, body = cells(rows, target)
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
+    """Who comes first, by what, and what that is worth."""
+    lines = []
+    finished = [r for r in rows if not math.isnan(r.train_loss.median)]
+    if finished:
+        best = finished[0]
+        lines.append(f"Lowest train loss at the end: {best.label} ({best.train_loss.text('.4g')}).")
+    units = {"step": ",.0f", "gradient_equivalents": ",.0f", "seconds": ".2f"}
+    for axis, name in AXES.items() if target is not None else ():
+        assert target is not None
+        reached = [r for r in rows if math.isfinite(r.to_target[axis].median)]
+        if not reached:
+            lines.append(f"No optimizer reached a train loss of {target:g}.")
+            break
+        order = sorted(reached, key=lambda r: r.to_target[axis].median)
+        others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(units[axis])})" for r in order[1:3])
+        lines.append(
+            f"Fewest {name} to {target:g}: {order[0].label} ({order[0].to_target[axis].text(units[axis])})"
+            f"{others if len(order) > 1 else ''}."
+        )
+    seeds = min((r.seeds for r in rows), default=0)
+    if seeds == 1:
+        lines.append("One seed: these are single runs, so small differences may be chance, and no ranking is claimed.")
+    else:
+        lines.append(
+            f"Medians over {seeds} seeds, smallest and largest in brackets; "
+            + ("no test of significance was made." if seeds >= 6 else "too few seeds for a test of significance (6 is the least).")
+        )
+    return lines
