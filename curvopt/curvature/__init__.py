@@ -9,14 +9,11 @@ from curvopt.curvature.operator import SymmetricOperator as SymmetricOperator
 from curvopt.curvature.problem import Problem as Problem
 
 __all__ = [
-    # the abstraction
-    "SymmetricOperator",
-    # over a model
-    "Problem",
-    "Hessian",
     "ClosureHessian",
-    # with known answers
     "DenseOperator",
     "DiagonalOperator",
+    "Hessian",
     "PlantedSpectrum",
+    "Problem",
+    "SymmetricOperator",
 ]

@@ -42,7 +42,8 @@ class Probe:
     """What the probe found.
 
     Attributes:
-        outcome: "ok", "inconclusive" (differences too rough to judge), "missing" or "wrong".
+        outcome: "ok", "inconclusive" (differences too rough to judge), "missing", "wrong", or "detached" (the gradient
+            is not the derivative of the loss, and double backward is symmetric: parts are held constant).
         error: relative error of the product against the differences, where both exist.
         operation: the operation at fault, as far as it is known.
         parameters: names of the parameters whose part is wrong.
@@ -62,16 +63,24 @@ class Probe:
         """Whether double backward must not be used."""
         return self.outcome in ("missing", "wrong")
 
+    def _named(self) -> str:
+        return ", ".join(self.parameters[:4]) + (" and others" if len(self.parameters) > 4 else "")
+
     def message(self) -> str:
         """The finding and the ways out."""
+        if self.outcome == "detached":
+            return (
+                "the gradient is not the derivative of the loss value (a part is detached, or changes in the forward "
+                f"pass: straight-through estimators, spectral_norm in training mode); it concerns {self._named()}. "
+                "Double backward holds that part constant: the curvature is that of the loss with it fixed."
+            )
         what = self.operation or "an operation of the model or the loss"
         if self.outcome == "missing":
             lines = [f"{what} has no second derivative" + (f" ({self.text})." if self.text else ".")]
         else:
-            names = ", ".join(self.parameters[:4]) + (" and others" if len(self.parameters) > 4 else "")
             lines = [
                 f"double backward through {what} gives wrong second derivatives: a Hessian product differs from "
-                f"differences of gradients by {self.error:.2g} (relative), in {names}."
+                f"differences of gradients by {self.error:.2g} (relative), in {self._named()}."
             ]
         lines.append("Ways out:")
         lowered = f"{what} {self.text}".lower()
@@ -182,12 +191,9 @@ class _Comparison:
         generator = torch.Generator().manual_seed(0)
         scale = max(float(scale_of(leaves)), 1e-30)
         self.scale = torch.tensor(scale, dtype=torch.float64)
-        vector = torch.randn(sum(p.numel() for p in leaves), generator=generator, dtype=torch.float64)
-        self.norm = vector.norm()
-        self.vectors = [
-            piece.view(p.shape).to(p)
-            for piece, p in zip(vector.split([p.numel() for p in leaves]), leaves, strict=True)
-        ]
+        self.vectors, self.others = (
+            [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in leaves] for _ in range(2)
+        )
 
     def gradient(self, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:
         with self.problem.quiet(self.batch):
@@ -202,15 +208,13 @@ class _Comparison:
                 raise _Missing(_reentrant(str(error))) from error
         return loss, list(parts)
 
-    def product(self) -> tuple[list[Tensor], set[str]]:
+    def product(self, vectors: Sequence[Tensor]) -> tuple[list[Tensor], set[str]]:
         """H v by double backward, zeros where a part is missing, and the names of the graph's nodes."""
         loss, parts = self.gradient(create_graph=True)
         names = graph_names(loss)
         if "CheckpointFunctionBackward" in names and any(part is None for part in parts):
             raise _Missing(_reentrant("its parameters get no gradient from autograd.grad"))
-        kept = [
-            (part, v) for part, v in zip(parts, self.vectors, strict=True) if part is not None and part.requires_grad
-        ]
+        kept = [(part, v) for part, v in zip(parts, vectors, strict=True) if part is not None and part.requires_grad]
         if not kept:
             return [torch.zeros_like(p) for p in self.leaves], names
         try:
@@ -228,16 +232,14 @@ class _Comparison:
         out = [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(self.leaves, second, strict=True)]
         return out, names
 
-    def difference(self, factor: float) -> list[Tensor]:
+    def difference(self, factor: float, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The central difference of gradients."""
-        vector_norm = self.norm
-        h = float(
-            step_length(torch.ones(1, dtype=torch.float64) * vector_norm, self.scale, "central", self.dtype, factor)
-        )
+        norm = torch.stack([v.double().norm() for v in vectors]).norm().cpu()
+        h = float(step_length(norm.reshape(1), self.scale, "central", self.leaves[0].dtype, factor))
         sides = []
         for sign in (1.0, -1.0):
             with torch.no_grad():
-                for p, start, v in zip(self.leaves, self.start, self.vectors, strict=True):
+                for p, start, v in zip(self.leaves, self.start, vectors, strict=True):
                     p.copy_(start + sign * h * v)
             sides.append(self.gradient()[1])
         with torch.no_grad():
@@ -248,9 +250,11 @@ class _Comparison:
             for p, a, b in zip(self.leaves, *sides, strict=True)
         ]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.leaves[0].dtype
+    def unsymmetric(self, product: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+        """Whether <u, A v> and <v, A u> differ, for the products of both vectors."""
+        left, right = _inner(self.others, product), _inner(self.vectors, other)
+        size = min(_length(self.others) * _length(product), _length(self.vectors) * _length(other))
+        return abs(left - right) > TOLERANCE[self.leaves[0].dtype == torch.float64] * max(abs(left), 1e-2 * size)
 
 
 def _reentrant(text: str) -> Probe:
@@ -266,16 +270,24 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.detach().double().norm() for t in tensors])
 
 
+def _length(tensors: Sequence[Tensor]) -> float:
+    return float(_norms(tensors).norm())
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return sum(float((a.detach().double() * b.detach().double()).sum()) for a, b in zip(left, right, strict=True))
+
+
 def _compare(problem: Problem, raw: Any, dtype: torch.dtype) -> Probe:
     exact = dtype == torch.float64
     with _in_dtype(problem, dtype) as leaves:
         cast = map_tensors(raw, lambda t: t.to(dtype) if exact and t.is_floating_point() else t)
         run = _Comparison(problem, Batch(cast), leaves)
-        product, names = run.product()
+        product, names = run.product(run.vectors)
         sizes = _norms(product)
         error = 0.0
         for factor in FACTORS[exact]:
-            first = run.difference(factor)
+            first = run.difference(factor, run.vectors)
             reference = torch.maximum(sizes, _norms(first))
             whole = reference.norm()
             wrong = _norms([a - b for a, b in zip(product, first, strict=True)])
@@ -285,11 +297,17 @@ def _compare(problem: Problem, raw: Any, dtype: torch.dtype) -> Probe:
             if not off.any():
                 return Probe("ok", error=error)
             # differences at twice the step say how far they can be trusted
-            second = run.difference(2 * factor)
+            second = run.difference(2 * factor, run.vectors)
             doubt = _norms([a - b for a, b in zip(first, second, strict=True)])
             off &= wrong > 10 * doubt
             if off.any():
                 faulty = tuple(n for n, bad in zip(problem.layout.names, off.tolist(), strict=True) if bad)
+                # A gradient that is no derivative (parts detached on purpose, statistics renewed in the forward pass)
+                # has unsymmetric differences, while double backward holds such parts constant
+                if run.unsymmetric(first, run.difference(factor, run.others)) and not run.unsymmetric(
+                    product, run.product(run.others)[0]
+                ):
+                    return Probe("detached", error=error, parameters=faulty)
                 return Probe("wrong", error=error, operation=_suspects(names), parameters=faulty)
         return Probe("inconclusive", error=error)
 

@@ -179,6 +179,8 @@ class Hessian(ProblemOperator):
             self.probe = probe_double_backward(problem)
             if self.probe.failed:
                 self._give_way(self.probe, method)
+            elif self.probe.outcome == "detached":
+                warnings.warn(self.probe.message(), CurvatureModeWarning, stacklevel=3)
 
     def _give_way(self, probe: Probe, method: str) -> None:
         if method == "double_backward" or not probe.differences_work:

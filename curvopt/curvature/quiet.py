@@ -11,7 +11,7 @@ What a forward or backward pass may move, and how each is kept still:
 - **Gradient hooks** of parameters and full backward hooks of modules: suspended, since they would fire in passes that
   are not the user's. Forward hooks are part of the model and do run.
 - **Kernels without a second derivative**: fused attention is replaced by the maths kernel, cuDNN's recurrent layers by
-  the native ones, compiled code by eager code. Autocast is off: second derivatives of half-precision passes are
+  the native ones, weight normalisation by its formula, compiled code by eager code. Autocast is off: second derivatives of half-precision passes are
   unsymmetric to 1e-4.
 """
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from curvopt._errors import CurvatureError
 
@@ -168,6 +169,28 @@ def _modes(model: nn.Module, modules: Sequence[nn.Module], mode: str | None) -> 
                 module.training = flag
 
 
+class _PlainWeightNorm(TorchFunctionMode):
+    """Writes ``torch._weight_norm`` out: its own second derivative is wrong (relative error about a half)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        return _weight_norm(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _has_weight_norm(modules: Sequence[nn.Module]) -> bool:
+    return any(
+        type(m).__name__ == "_WeightNorm"
+        or any(type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values())
+        for m in modules
+    )
+
+
 @contextmanager
 def differentiable_kernels(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Kernels with second derivatives, eager code and no autocast."""
@@ -178,6 +201,8 @@ def differentiable_kernels(modules: Sequence[nn.Module], device: torch.device) -
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if _has_weight_norm(modules):
+            stack.enter_context(_PlainWeightNorm())
         if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
