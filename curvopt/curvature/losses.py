@@ -147,7 +147,50 @@ def _bce_with_logits(z: Tensor, targets: Tensor, options: Mapping[str, Any], sca
     return lambda w: diagonal * w
 
 
-def by_autograd(loss: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+def output_gradient(
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    outputs: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
+    create_graph: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gradient of ``loss`` with respect to copies of ``outputs`` cut off from the model.
+
+    Args:
+        loss: scalar function of a list of tensors shaped like ``outputs``.
+        outputs: where to differentiate.
+        params: tensors that the loss must not depend on except through the outputs.
+        create_graph: keep the graph of the gradient.
+
+    Returns:
+        The copies, and the gradient by each (None where the loss does not use it).
+
+    Raises:
+        CurvatureError: the loss does not depend on the outputs, or depends on a parameter directly.
+    """
+    leaves = [o.detach().requires_grad_() for o in outputs]
+    with torch.enable_grad():
+        value = loss(leaves)
+        n = len(leaves)
+        parts: Sequence[Tensor | None] = [None] * (n + len(params))
+        if value.requires_grad:
+            parts = torch.autograd.grad(value, [*leaves, *params], create_graph=create_graph, allow_unused=True)
+    if all(part is None for part in parts[:n]):
+        raise CurvatureError(
+            "the loss does not depend on the model's output tensors, so there is no Gauss-Newton matrix; give a "
+            "loss_fn(outputs, targets) that uses the outputs that it is handed"
+        )
+    if any(part is not None for part in parts[n:]):
+        raise CurvatureError(
+            "the loss depends on parameters directly (a penalty on the weights?), not only through the model's outputs: "
+            "the Gauss-Newton split does not cover that part; leave it out of loss_fn and add its Hessian to the "
+            "operator, op.shift(c) for (c/2) ||theta||^2"
+        )
+    return leaves, list(parts[:n])
+
+
+def by_autograd(
+    loss: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Tensor], params: Sequence[Tensor] = ()
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """The product with the Hessian of ``loss`` at ``outputs`` by double backward through the loss alone.
 
     Always reverse over reverse: forward mode through torch's mean squared error is wrong or fatal
@@ -156,23 +199,16 @@ def by_autograd(loss: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Te
     Args:
         loss: scalar function of a list of tensors shaped like ``outputs``.
         outputs: where to differentiate.
+        params: tensors that the loss must not depend on except through the outputs.
 
     Returns:
         A function that maps a list of tensors w to the list H_l w. It keeps a graph over the outputs.
 
     Raises:
-        CurvatureError: (on construction) the loss does not depend on the outputs.
+        CurvatureError: (on construction) the loss does not depend on the outputs, or depends on ``params`` directly.
         DoubleBackwardError: (on construction) the loss has no double backward.
     """
-    leaves = [o.detach().requires_grad_() for o in outputs]
-    with torch.enable_grad():
-        value = loss(leaves)
-        if not value.requires_grad:
-            raise CurvatureError(
-                "the loss does not depend on the model's output tensors, so there is no Gauss-Newton matrix; give a "
-                "loss_fn(outputs, targets) that uses the outputs that it is handed"
-            )
-        first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+    leaves, first = output_gradient(loss, outputs, params, create_graph=True)
     live = [(i, g) for i, g in enumerate(first) if g is not None and g.requires_grad]
 
     def product(w: Sequence[Tensor]) -> list[Tensor]:
