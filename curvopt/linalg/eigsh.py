@@ -53,13 +53,13 @@ def eigsh(
         tol: a pair has converged when ``||A v - lambda v|| <= tol * max |theta|``, the largest Ritz value in
             magnitude; held at 50 eps from below.
         v0: a start, (P,) or a block (P, m) such as the eigenvectors at earlier weights. The chain starts from an
-            equal mix of its columns with random signs and a fifth of a random direction, which block methods do not beat
-            here; rank-deficient blocks are fine.
+            equal mix of its columns with random signs and a fifth of a random direction: no dearer than block methods
+            here, and not blind to what the block misses. Rank-deficient blocks are fine.
         max_matvecs: hard cap on products, the guard's included; ``20 k + 100`` by default, at least P + k for small P.
         guard: products for a look, ``"full"``, or 0 for none.
         extra: further Ritz pairs to return, as estimates; fewer come back if the basis holds no more.
         seed: of every random direction; the same seed on the same device gives the same bits.
-        max_basis: vectors in the basis before a restart, at least ``k + extra + 3``; ``2 (k + extra) + 20`` by
+        max_basis: vectors in the basis before a restart, at least ``k + extra + 9``; ``2 (k + extra) + 20`` by
             default, P if that is less.
 
     Returns:
@@ -82,7 +82,14 @@ def eigsh(
 
 
 def _check_arguments(
-    size: int, k: int, which: str, tol: float, max_matvecs: int | None, guard: int | str, extra: int, max_basis: int | None
+    size: int,
+    k: int,
+    which: str,
+    tol: float,
+    max_matvecs: int | None,
+    guard: int | str,
+    extra: int,
+    max_basis: int | None,
 ) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -98,8 +105,11 @@ def _check_arguments(
         raise ValueError(f"guard must be a number of products >= 0 or 'full', got {guard!r}")
     if extra < 0:
         raise ValueError(f"extra must be at least 0, got {extra}")
-    if max_basis is not None and max_basis < min(k + extra + 3, size):
-        raise ValueError(f"max_basis must be at least k + extra + 3 = {k + extra + 3}, got {max_basis}")
+    least = k + extra + 3 + (6 if guard == "full" else min(int(guard), 6))  # a restart with room for the guard's look
+    if max_basis is not None and max_basis < min(least, size):
+        raise ValueError(
+            f"max_basis must be at least {least} for k={k}, extra={extra}, guard={guard!r}, got {max_basis}"
+        )
 
 
 def _check_start(op: SymmetricOperator, v0: Tensor) -> Tensor:
@@ -126,13 +136,18 @@ class _Plan:
     extra: int
 
 
+def _stride(device: torch.device, k: int) -> int:
+    """Products between two looks at the host: reading is free on the CPU, elsewhere it waits for the device."""
+    return 1 if device.type == "cpu" else max(2, k // 4)
+
+
 class _Solver:
     """One solution in progress: the basis, and what to do with it next."""
 
     def __init__(self, op: SymmetricOperator, plan: _Plan, capacity: int, seed: int) -> None:
         self.basis = KrylovBasis(op, capacity, seed)
         self.plan = plan
-        self.stride = 1 if op.device.type == "cpu" else max(2, plan.k // 4)
+        self.stride = _stride(op.device, plan.k)
         self.guard_matvecs = 0
 
     # ---- the whole course

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from curvopt._errors import NonFiniteError
+from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg.orthogonal import exact_arithmetic, random_orthogonal, remove_components, rotate_rows
-
-
-class Operator(Protocol):
-    """What a solver needs of a symmetric operator."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    def multiply_rows(self, rows: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class KrylovBasis:
         seed: of the random directions.
     """
 
-    def __init__(self, op: Operator, capacity: int, seed: int) -> None:
+    def __init__(self, op: SymmetricOperator, capacity: int, seed: int) -> None:
         self.op = op
         self.size = op.shape[0]
         self.capacity = capacity
@@ -108,7 +96,7 @@ class KrylovBasis:
         return index
 
     def expand(self, index: int) -> int:
-        """Close the open row ``index`` by one product; the remainder of its image becomes an open row, which is returned.
+        """Close the open row ``index`` by one product and return the open row that its image's remainder becomes.
 
         A remainder at the level of rounding is no direction (a breakdown): the new row is then zero, and the next
         ``flush`` drops it.
@@ -200,9 +188,7 @@ class KrylovBasis:
         survivors = sorted(by_weight[:keep_open].tolist())
         dropped = [i for i in range(len(self.open)) if i not in survivors]
         inner = self.coefficients(self.closed, self.closed)
-        lost = np.concatenate(
-            [self._lost[:, self.closed] @ y, rest.T @ (inner @ y), ritz.weights[dropped][:, :keep]]
-        )
+        lost = np.concatenate([self._lost[:, self.closed] @ y, rest.T @ (inner @ y), ritz.weights[dropped][:, :keep]])
         rows = [self.open[i] for i in survivors]
         pick = torch.zeros(len(rows), self.n, dtype=self.rows.dtype, device=self.rows.device)
         pick[range(len(rows)), rows] = 1.0
@@ -211,7 +197,7 @@ class KrylovBasis:
         self._h[:] = 0.0
         self._h[:keep, :keep] = y.T @ inner @ y
         self._h[keep : keep + len(rows), :keep] = ritz.weights[survivors][:, :keep]
-        triangle = np.linalg.qr(lost, mode="r")
+        triangle: np.ndarray = np.linalg.qr(lost, mode="r")
         self._lost = np.zeros((triangle.shape[0], self.capacity))
         self._lost[:, :keep] = triangle
         self.closed = list(range(keep))
