@@ -7,21 +7,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from curvopt._errors import GapWarning, NonFiniteError, RankWarning, RefreshWarning
+from curvopt._errors import GapWarning, RankWarning, RefreshWarning
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.eigsh import eigsh
-from curvopt.linalg.ritz import power_image
+from curvopt.subspace.solve import Cached, Kind, Plan, Solution, solve, solve_above
 
-# A block power step shrinks the error by (lambda_{k+1}/lambda_k)^2; below this gap Krylov is cheaper.
-_IMAGE_GAP = 1.3
-# A basis that turned further than this since the last refresh is not worth one power step alone.
-_IMAGE_OVERLAP = 0.7
 _NO_GAP = 1.1
 
 Cutoff = Callable[[Tensor, Sequence[int]], Tensor]
@@ -32,34 +27,25 @@ class RefreshReport:
     """What one refresh did.
 
     Attributes:
-        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos).
-        matvecs: products spent.
+        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos); with a
+            basis a layer, that of the first layer.
+        matvecs: products spent, the guard's included.
+        guard_matvecs: the part that looked for skipped values.
         overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
         converged: every wanted pair met the tolerance (an image is not tested and counts as converged).
         reason: the solver's words.
     """
 
-    kind: Literal["cold", "image", "krylov"]
+    kind: Kind
     matvecs: int
+    guard_matvecs: int
     overlap: float
     converged: bool
     reason: str
 
 
-@dataclass
-class _Solution:
-    rows: Tensor  # (k, P_g), orthonormal, zero beyond the live ones
-    values: Tensor  # (k,) float64 on the CPU
-    residuals: Tensor  # (k,) float64 on the CPU
-    probe: Tensor | None  # (P_g,)
-    next_value: float
-    kind: Literal["cold", "image", "krylov"]
-    converged: bool
-    reason: str
-
-
 class DominantSubspace:
-    """The k leading eigenvectors of a curvature operator, cached as one contiguous (k, \\*p.shape) block a parameter.
+    """The k leading eigenvectors of a curvature operator, cached as one contiguous (k, ``p.shape``) block a parameter.
 
     One pair more than k is carried along: it shows whether the spectrum has a gap at k, and lets a new leader in
     that the old basis cannot see.
@@ -78,7 +64,7 @@ class DominantSubspace:
     Attributes:
         age: steps since the last refresh, counted by whoever takes the steps.
         refreshes: successful refreshes so far.
-        matvecs: products spent so far.
+        matvecs: products spent so far, those of failed refreshes included.
         overlap: of the last two bases, NaN before the second refresh.
         reason: the last refresh in words.
 
@@ -109,7 +95,7 @@ class DominantSubspace:
         if rank > known.total:
             raise ValueError(f"rank={rank} is larger than the number of parameters under the operator, {known.total}")
         if max_matvecs is not None and max_matvecs < rank:
-            raise ValueError(f"max_matvecs={max_matvecs} is below rank={rank}; a refresh needs at least one product a vector")
+            raise ValueError(f"max_matvecs={max_matvecs} is below rank={rank}: each vector needs a product")
         self.operator = operator
         self.parameters = known
         self.rank = rank
@@ -133,6 +119,9 @@ class DominantSubspace:
         self.probes = [self._zeros(tuple(shape)) for shape in known.shapes]
         self._reset_spectrum()
         self._gap_warned = False
+        self._cap_warned = False
+        self._first_matvecs = 0
+        self._earlier_steps = 0
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.parameters.device)
@@ -192,7 +181,7 @@ class DominantSubspace:
 
     @property
     def residual_norms(self) -> Tensor:
-        """``||A v_i - lambda_i v_i||`` in the form of ``eigenvalues``; after an image, of the vectors it started from."""
+        """``||A v_i - lambda_i v_i||`` as ``eigenvalues``; after an image, of the vectors it started from."""
         return self._residuals[0] if self.layout == "whole" else self._residuals
 
     @property
@@ -208,7 +197,7 @@ class DominantSubspace:
 
     @property
     def basis(self) -> Tensor:
-        """(P, k), columns in the order of ``eigenvalues``; a copy. Per layer: (P, layers * k), zero outside the layer."""
+        """(P, k), columns ordered as ``eigenvalues``; a copy. Per layer (P, layers * k), zero outside the layer."""
         pieces = []
         for group in self.groups:
             rows = torch.zeros(self.rank, self.parameters.total, dtype=self.dtype, device=self.parameters.device)
@@ -218,11 +207,21 @@ class DominantSubspace:
             pieces.append(rows)
         return torch.cat(pieces).T
 
+    @property
+    def later_matvecs(self) -> int:
+        """Products spent since the first refresh, which a budget for refreshes must cover."""
+        return self.matvecs - self._first_matvecs if self.ready else 0
+
+    @property
+    def later_steps(self) -> int:
+        """Steps taken since the first refresh."""
+        return self._earlier_steps + self.age if self.ready else 0
+
     def _rows(self, group: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.cat([self.blocks[i].reshape(self.rank, -1) for i in group], dim=1).to(dtype)
 
-    def _probe(self, group: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.cat([self.probes[i].reshape(-1) for i in group]).to(dtype)
+    def _size(self, g: int) -> int:
+        return sum(self.parameters.sizes[i] for i in self.groups[g])
 
     # ---- projecting
     @overload
@@ -230,9 +229,9 @@ class DominantSubspace:
     @overload
     def project(self, update: list[Tensor]) -> list[Tensor]: ...
     def project(self, update: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """``P_k u`` for a vector (P,) or a list of tensors shaped like the parameters."""
+        """``P_k u`` for a vector (P,) or a list of tensors shaped like the parameters, in the dtype of ``update``."""
         if isinstance(update, Tensor):
-            return self.parameters.flatten(self.project(self.parameters.views(update)))
+            return torch.cat([piece.reshape(-1) for piece in self.project(self.parameters.views(update))])
         out: list[Tensor] = [torch.zeros_like(u) for u in update]
         for group in self.groups:
             rows = [self.blocks[i].reshape(self.rank, -1).to(update[i].dtype) for i in group]
@@ -241,14 +240,22 @@ class DominantSubspace:
                 out[i] = (c @ r).view(update[i].shape)
         return out
 
-    def split(self, update: Tensor) -> tuple[Tensor, Tensor]:
-        """(dominant, bulk) parts of a vector (P,); their sum is ``update``."""
+    @overload
+    def split(self, update: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def split(self, update: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]: ...
+    def split(self, update: Any) -> Any:
+        """(dominant, bulk) parts of a vector (P,) or of a list of tensors; their sum is ``update``."""
         dominant = self.project(update)
-        return dominant, update - dominant
+        if isinstance(update, Tensor):
+            return dominant, update - dominant
+        return dominant, [u - d for u, d in zip(update, dominant, strict=True)]
 
     # ---- refreshing
     def refresh(self, *, cold: bool = False, cutoff: Cutoff | None = None) -> RefreshReport:
-        """Bring the basis up to date at the parameters' present values; nothing changes if anything raises.
+        """Bring the basis up to date at the parameters' present values.
+
+        If anything raises, nothing has changed but the counts of attempts and of products.
 
         Args:
             cold: start from noise even when a basis is cached.
@@ -261,146 +268,73 @@ class DominantSubspace:
             CurvatureError: a product can't be computed.
         """
         if self.operator is None:
-            raise ValueError("no curvature operator is attached (pickling drops it): set .operator to one before refreshing")
+            raise ValueError("no curvature operator is attached (pickling drops it): set .operator before refreshing")
         if self.adaptive and cutoff is None:
             raise ValueError("an adaptive rank needs cutoff")
-        self.attempts += 1
-        self.operator.renew(self.attempts)
         if self._layers is None and self.layout == "layer":
             self._find_layers()
-        before = self.operator.matvecs if self._layers is None else sum(op.matvecs for op in self._layers)
+        self.attempts += 1
+        operators = [self.operator] if self._layers is None else self._layers
+        before = sum(op.matvecs for op in operators)
         solutions = []
-        with self.operator.hold():
-            for g, group in enumerate(self.groups):
-                operator = self.operator if self._layers is None else self._layers[g]
-                solutions.append(self._solve(g, group, operator, cold, cutoff))
-        after = self.operator.matvecs if self._layers is None else sum(op.matvecs for op in self._layers)
-        return self._commit(solutions, after - before)
+        try:
+            self.operator.renew(self.attempts)
+            with self.operator.hold():
+                for g, operator in enumerate(operators):
+                    solutions.append(self._solve(g, operator, cold, cutoff))
+        finally:
+            spent = sum(op.matvecs for op in operators) - before
+            self.matvecs += spent
+        return self._commit(solutions, spent)
 
-    def _solve(
-        self, g: int, group: list[int], operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None
-    ) -> _Solution:
-        size = operator.shape[0]
-        k = min(self.rank, size)
-        live = int((self._values[g] > 0).sum())
-        warm = self.ready and not cold and live > 0
-        old = self._rows(group, operator.dtype)[:live] if warm else None
-        if cutoff is not None:
-            solution = self._adaptive(operator, group, old, k, cutoff)
-        elif warm and live == k < size and self._gap_of(g) >= _IMAGE_GAP:
-            solution = self._image(operator, old, self._probe(group, operator.dtype), k)
+    def _plan(self, g: int) -> Plan:
+        return Plan(min(self.rank, self._size(g)), self.tol, self.max_matvecs, self.seed + self.attempts)
+
+    def _cached(self, g: int, dtype: torch.dtype, cold: bool = False) -> Cached:
+        group = self.groups[g]
+        live = 0 if cold or not self.ready else int((self._values[g] > 0).sum())
+        rows = torch.cat([self.blocks[i][:live].reshape(live, self.parameters.sizes[i]) for i in group], dim=1)
+        probe = torch.cat([self.probes[i].reshape(-1) for i in group])
+        return Cached(rows.to(dtype), self._values[g, :live], probe.to(dtype), float(self._next[g]))
+
+    def _solve(self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None) -> Solution:
+        plan, cached = self._plan(g), self._cached(g, operator.dtype, cold)
+        if cutoff is None:
+            solution = solve(operator, plan, cached)
         else:
-            solution = self._krylov(operator, old, k, self._budget(old is not None))
-        if not torch.isfinite(solution.values).all():
-            raise NonFiniteError("the curvature gave NaN or infinite Ritz values; loss and gradient at these weights overflow")
-        positive = solution.values > 0
-        if not positive.all():
-            solution.rows = solution.rows * positive.to(solution.rows)[:, None]
-            solution.values = solution.values.clamp_min(0.0)
-            if cutoff is None:
-                warnings.warn(
-                    f"only {int(positive.sum())} of rank={k} curvature eigenvalues are positive; the other rows of the "
-                    "basis are zero and their directions count as bulk. Lower rank, or take the GGN, which has no "
-                    "negative eigenvalue",
-                    RankWarning,
-                    stacklevel=5,
-                )
+            group = self.groups[g]
+            solution = solve_above(operator, plan, cached, lambda v, values: values > cutoff(v, group).double().cpu())
+        live = solution.drop_negative()
+        if cutoff is None and live < plan.k:
+            names = [self.parameters.names[i] for i in self.groups[g]]
+            where = "" if self.layout == "whole" else f" of the layer with {names[0]!r}"
+            warnings.warn(
+                f"only {live} of rank={plan.k} curvature eigenvalues{where} are positive; the other rows of the basis "
+                "are zero and their directions count as bulk. Lower rank, or take the GGN, which has no negative "
+                "eigenvalue",
+                RankWarning,
+                stacklevel=5,
+            )
+        solution.resize(self.rank)
         return solution
-
-    def _gap_of(self, g: int) -> float:
-        following = float(self._next[g])
-        return math.inf if following <= 0 else float(self._values[g, -1]) / following
-
-    def _budget(self, warm: bool) -> int:
-        return min(self.max_matvecs, 2 * self.rank) if warm else self.max_matvecs
 
     @property
     def planned_matvecs(self) -> int:
-        """Products that the next warm refresh may spend at most."""
-        if self.adaptive:
-            return self.max_matvecs
-        per_layer = [
-            self.rank + 1 if self._gap_of(g) >= _IMAGE_GAP else self._budget(True) for g in range(len(self.groups))
-        ]
-        return sum(per_layer)
+        """Products that the next refresh may spend at most."""
+        if not self.ready or self.adaptive:
+            return self.max_matvecs * len(self.groups)
+        dtype = self.parameters.dtype
+        return sum(self._cached(g, dtype).worst_matvecs(self._plan(g), self._size(g)) for g in range(len(self.groups)))
 
-    def _image(self, operator: SymmetricOperator, old: Tensor | None, probe: Tensor, k: int) -> _Solution:
-        assert old is not None
-        image = power_image(operator, torch.cat([old, probe[None]]))
-        if image.overlap < _IMAGE_OVERLAP:
-            return self._krylov(operator, image.rows, k, self._budget(True))
-        return _Solution(
-            rows=image.rows,
-            values=image.eigenvalues[:k].double().cpu(),
-            residuals=image.residual_norms[:k].double().cpu(),
-            probe=image.probe,
-            next_value=float(image.eigenvalues[k]),
-            kind="image",
-            converged=True,
-            reason=f"one block power step of {k + 1} products",
-        )
-
-    def _krylov(self, operator: SymmetricOperator, old: Tensor | None, k: int, cap: int) -> _Solution:
-        extra = 1 if k < operator.shape[0] else 0
-        result = eigsh(
-            operator,
-            k,
-            which="LA",
-            tol=self.tol,
-            v0=None if old is None else old.T,
-            max_matvecs=max(cap, k),
-            guard=6 if old is None else 0,
-            extra=extra,
-            seed=self.seed + self.attempts,
-        )
-        rows = result.eigenvectors.T
-        if k < self.rank:  # a layer smaller than the rank
-            rows = torch.cat([rows, rows.new_zeros(self.rank - k, rows.shape[1])])
-        pad = (0, self.rank - k)
-        found = result.extra_eigenvalues.numel() > 0
-        return _Solution(
-            rows=rows,
-            values=torch.nn.functional.pad(result.eigenvalues.double().cpu(), pad),
-            residuals=torch.nn.functional.pad(result.residual_norms.double().cpu(), pad),
-            probe=result.extra_eigenvectors[:, 0] if found else None,
-            next_value=float(result.extra_eigenvalues[0]) if found else 0.0,
-            kind="cold" if old is None else "krylov",
-            converged=result.converged,
-            reason=result.reason,
-        )
-
-    def _adaptive(
-        self, operator: SymmetricOperator, group: list[int], old: Tensor | None, most: int, cutoff: Cutoff
-    ) -> _Solution:
-        k = min(most, max(4, 2 + (0 if old is None else old.shape[0])))
-        start = operator.matvecs
-        while True:
-            left = self.max_matvecs - (operator.matvecs - start)
-            solution = self._krylov(operator, old, k, left)
-            keep = solution.values[:k] > cutoff(solution.rows[:k], group).double().cpu()
-            grown = min(most, 2 * k)
-            if not bool(keep.all()) or k >= most or self.max_matvecs - (operator.matvecs - start) < grown:
-                break
-            old, k = solution.rows[:k], grown
-        index = torch.nonzero(keep).squeeze(1)
-        rows = torch.zeros(self.rank, solution.rows.shape[1], dtype=solution.rows.dtype, device=solution.rows.device)
-        rows[: len(index)] = solution.rows[index.to(rows.device)]
-        values = torch.zeros(self.rank, dtype=torch.float64)
-        residuals = torch.zeros(self.rank, dtype=torch.float64)
-        values[: len(index)], residuals[: len(index)] = solution.values[index], solution.residuals[index]
-        solution.rows, solution.values, solution.residuals = rows, values, residuals
-        return solution
-
-    def _commit(self, solutions: list[_Solution], matvecs: int) -> RefreshReport:
+    def _commit(self, solutions: list[Solution], matvecs: int) -> RefreshReport:
         overlaps = []
         # New tensors, so that a state_dict taken earlier keeps what it held.
         values, residuals, following = self._values.clone(), self._residuals.clone(), self._next.clone()
         for g, (group, s) in enumerate(zip(self.groups, solutions, strict=True)):
-            if self.ready:
-                old_live = int((self._values[g] > 0).sum())
-                new_live = int((s.values > 0).sum())
+            most = max(int((self._values[g] > 0).sum()), int((s.values > 0).sum()))
+            if self.ready and most:
                 shared = torch.linalg.matrix_norm(self._rows(group, s.rows.dtype) @ s.rows.T).square()
-                overlaps.append(shared / max(old_live, new_live, 1))
+                overlaps.append(shared / most)
             start = 0
             for i in group:
                 size = self.parameters.sizes[i]
@@ -412,27 +346,41 @@ class DominantSubspace:
         self._values, self._residuals, self._next = values, residuals, following
         self.measure_mass()
         self.overlap = float(torch.stack(overlaps).mean()) if overlaps else math.nan
-        self.matvecs += matvecs
+        if self.ready:
+            self._earlier_steps += self.age
+        else:
+            self._first_matvecs, self._earlier_steps = self.matvecs, 0
         self.refreshes += 1
         self.age = 0
-        converged = all(s.converged for s in solutions)
         self.reason = "; ".join(dict.fromkeys(s.reason for s in solutions))
-        if not converged:
-            warnings.warn(
-                f"a refresh ended before every pair met tol={self.tol:g} ({self.reason}); the best basis found is used. "
-                "Raise max_matvecs or tol",
-                RefreshWarning,
-                stacklevel=4,
-            )
+        self._warn_if_unconverged(solutions)
         self._warn_of_gap()
-        return RefreshReport(solutions[0].kind, matvecs, self.overlap, converged, self.reason)
+        guard = sum(s.guard_matvecs for s in solutions)
+        converged = all(s.converged for s in solutions)
+        return RefreshReport(solutions[0].kind, matvecs, guard, self.overlap, converged, self.reason)
+
+    def _warn_if_unconverged(self, solutions: list[Solution]) -> None:
+        failed = [s for s in solutions if not s.converged]
+        if not failed:
+            return
+        if any(s.kind == "cold" for s in failed):
+            text = f"{self.reason}; the best basis found is used. Raise max_matvecs or tol"
+        elif not self._cap_warned:
+            self._cap_warned = True
+            text = (
+                f"{self.reason}; a warm refresh stops there by design, and the next one goes on from its basis. This "
+                "is said once: raise tol, or put rank at a gap of the spectrum"
+            )
+        else:
+            return
+        warnings.warn(f"a refresh ended before every pair met tol={self.tol:g}: {text}", RefreshWarning, stacklevel=5)
 
     def replace(self, rows: Tensor, values: Tensor) -> None:
         """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh."""
         if self.layout != "whole":
             raise ValueError("replace() is for layout='whole'")
         none = torch.zeros(self.rank, dtype=torch.float64)
-        self._commit([_Solution(rows, values.double().cpu(), none, None, 0.0, "krylov", True, "given")], 0)
+        self._commit([Solution(rows, values.double().cpu(), none, None, 0.0, "krylov", True, "given")], 0)
 
     def measure_mass(self) -> None:
         """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
@@ -470,6 +418,9 @@ class DominantSubspace:
             "residual_norms": self._residuals,
             "next_eigenvalues": self._next,
             "gap_warned": self._gap_warned,
+            "cap_warned": self._cap_warned,
+            "first_matvecs": self._first_matvecs,
+            "earlier_steps": self._earlier_steps,
         }
 
     def load_scalars(self, state: dict[str, Any]) -> None:
@@ -477,14 +428,18 @@ class DominantSubspace:
         expected = (len(self.groups), self.rank)
         values = torch.as_tensor(state["eigenvalues"], dtype=torch.float64)
         if tuple(values.shape) != expected:
-            raise ValueError(f"saved eigenvalues have shape {tuple(values.shape)}, this subspace needs {expected}: rank differs")
+            raise ValueError(
+                f"saved eigenvalues have shape {tuple(values.shape)}, this subspace needs {expected}: rank differs"
+            )
         self.age, self.refreshes = int(state["age"]), int(state["refreshes"])
         self.attempts, self.matvecs = int(state["attempts"]), int(state["matvecs"])
         self.overlap = float(state["overlap"])
         self._values = values.clone()
         self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64).clone()
         self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64).clone()
-        self._gap_warned = bool(state["gap_warned"])
+        self._gap_warned, self._cap_warned = bool(state["gap_warned"]), bool(state["cap_warned"])
+        self._first_matvecs, self._earlier_steps = int(state["first_matvecs"]), int(state["earlier_steps"])
+        self.reason = "restored"
         self.measure_mass()
 
     def state_dict(self) -> dict[str, Any]:

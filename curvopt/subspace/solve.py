@@ -1,0 +1,246 @@
+"""How a basis is brought up to date: from noise, by one block power step, or by a warm Lanczos chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvopt._errors import NonFiniteError
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.linalg import eigsh, power_image
+from curvopt.linalg.orthogonal import orthonormalize_rows
+
+# A block power step shrinks the error along v_{k+1} by lambda_{k+1}/lambda_k; below this gap Krylov is cheaper.
+_IMAGE_GAP = 1.3
+# Estimated share of the basis that one power step leaves wrong; above it the step is followed by Lanczos.
+_IMAGE_ERROR = 0.04
+# A next value this far below zero, beside the largest, is one; above it is rounding of a zero.
+_ROUNDING = 1e-5
+# A warm chain aims at residuals that are this small beside the distance of lambda_k from lambda_{k+1}: the angle to the
+# exact subspace is at most residual / distance (Davis and Kahan 1970).
+_SHARPNESS = 0.1
+_SHARPEST = 1e-4
+
+Kind = Literal["cold", "image", "krylov"]
+KeepRule = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a refresh of one matrix aims at.
+
+    Attributes:
+        k: wanted pairs, at most the matrix' size.
+        tol: residual relative to the largest Ritz value.
+        max_matvecs: cap on the products of the whole refresh.
+        seed: of random directions.
+    """
+
+    k: int
+    tol: float
+    max_matvecs: int
+    seed: int
+
+    @property
+    def warm_matvecs(self) -> int:
+        """Products of one warm Lanczos chain at most: 2k, or a few more where k is small."""
+        return min(self.max_matvecs, max(2 * self.k, self.k + 6))
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the last refresh left.
+
+    Attributes:
+        rows: (live, P), orthonormal up to the rounding of the cache's dtype.
+        values: (live,) Ritz values, float64 on the CPU.
+        probe: (P,), zero where there is none.
+        next_value: Ritz value that followed the wanted ones.
+    """
+
+    rows: Tensor
+    values: Tensor
+    probe: Tensor
+    next_value: float
+
+    def route(self, plan: Plan, size: int) -> Kind:
+        """``image`` where a gap follows the k-th value, else ``krylov``; ``cold`` where nothing is cached.
+
+        A power step follows magnitude. With a negative value next in line the probe has been lost to the negative end
+        of the spectrum, and a Lanczos chain brings it back.
+        """
+        live = self.values.shape[0]
+        if live == 0:
+            return "cold"
+        if live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1:
+            return "krylov"
+        if self.next_value < -_ROUNDING * float(self.values[0]):
+            return "krylov"
+        has_probe = bool(self.probe.any())
+        return "image" if has_probe and float(self.values[-1]) >= _IMAGE_GAP * self.next_value else "krylov"
+
+    def worst_matvecs(self, plan: Plan, size: int) -> int:
+        """Products that a refresh from here may spend at most."""
+        route = self.route(plan, size)
+        if route == "cold":
+            return plan.max_matvecs
+        extra = plan.k + 1 if route == "image" else 0
+        return min(plan.max_matvecs, extra + plan.warm_matvecs)
+
+
+@dataclass
+class Solution:
+    """A new basis for one matrix.
+
+    Attributes:
+        rows: (k, P), orthonormal, most wanted first.
+        values: (k,) Ritz values, float64 on the CPU.
+        residuals: (k,) residual norms, float64 on the CPU.
+        probe: (P,), or None if the solver had nothing to spare.
+        next_value: Ritz value that follows; 0 where there is none.
+        kind: how it was found.
+        converged: every residual met the tolerance; an image is not tested and counts as converged.
+        reason: in words.
+        guard_matvecs: products of the look for skipped values.
+    """
+
+    rows: Tensor
+    values: Tensor
+    residuals: Tensor
+    probe: Tensor | None
+    next_value: float
+    kind: Kind
+    converged: bool
+    reason: str
+    guard_matvecs: int = 0
+
+    def resize(self, rank: int) -> None:
+        """Zero rows and values up to ``rank``, for a matrix smaller than that."""
+        missing = rank - self.rows.shape[0]
+        if missing > 0:
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(missing, self.rows.shape[1])])
+            self.values = torch.nn.functional.pad(self.values, (0, missing))
+            self.residuals = torch.nn.functional.pad(self.residuals, (0, missing))
+
+    def select(self, keep: Tensor) -> None:
+        """Move the rows that ``keep`` (k,) marks to the front, in their order; the others become zero."""
+        index = torch.nonzero(keep).squeeze(1)
+        rows, values, residuals = self.rows, self.values, self.residuals
+        self.rows, self.values, self.residuals = map(torch.zeros_like, (rows, values, residuals))
+        n = index.shape[0]
+        self.rows[:n] = rows[index.to(rows.device)]
+        self.values[:n], self.residuals[:n] = values[index], residuals[index]
+
+    def drop_negative(self) -> int:
+        """Zero the rows whose values are not positive beyond rounding; the number of rows left."""
+        floor = 50 * torch.finfo(self.rows.dtype).eps * float(self.values.abs().max())
+        positive = self.values > max(floor, 0.0)
+        if not bool(positive.all()):
+            self.select(positive)
+        return int(positive.sum())
+
+
+def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
+    """The leading k pairs of ``operator``, by the cheapest route that ``cached`` allows.
+
+    Raises:
+        NonFiniteError: a product holds NaN or Inf.
+    """
+    route = cached.route(plan, operator.shape[0])
+    if route == "cold":
+        return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
+    if route == "image":
+        return _image(operator, plan, cached)
+    return _lanczos(operator, plan, cached.rows, plan.warm_matvecs, _warm_tolerance(plan, cached))
+
+
+def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_rule: KeepRule) -> Solution:
+    """Every pair that ``keep_rule(rows, values)`` (a bool a row) keeps, at most ``plan.k``; the other rows are zero.
+
+    The number asked for doubles while all of them are kept and ``max_matvecs`` allows another attempt.
+    """
+    began = operator.matvecs
+    rows = cached.rows if cached.rows.shape[0] else None
+    k = min(plan.k, max(4, 2 + cached.rows.shape[0]))
+    while True:
+        left = plan.max_matvecs - (operator.matvecs - began)
+        attempt = Plan(k, plan.tol, left, plan.seed)
+        found = _lanczos(operator, attempt, rows, left, plan.tol)
+        keep = keep_rule(found.rows, found.values)
+        left = plan.max_matvecs - (operator.matvecs - began)
+        larger = min(plan.k, 2 * k)
+        if not bool(keep.all()) or k >= plan.k or left < larger:
+            break
+        rows, k = found.rows, larger
+    found.select(keep)
+    return found
+
+
+def _warm_tolerance(plan: Plan, cached: Cached) -> float:
+    if cached.values.shape[0] < plan.k or cached.values[0] <= 0:
+        return plan.tol
+    distance = (float(cached.values[-1]) - max(cached.next_value, 0.0)) / float(cached.values[0])
+    return min(plan.tol, max(_SHARPNESS * distance, _SHARPEST))
+
+
+def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap: int, tol: float) -> Solution:
+    result = eigsh(
+        operator,
+        plan.k,
+        which="LA",
+        tol=tol,
+        v0=None if start is None else start.T,
+        max_matvecs=max(cap, plan.k),
+        guard=6 if start is None else 0,
+        extra=1 if plan.k < operator.shape[0] else 0,
+        seed=plan.seed,
+    )
+    values = result.eigenvalues.double().cpu()
+    residuals = result.residual_norms.double().cpu()
+    found = result.extra_eigenvalues.numel() > 0
+    # eigsh aimed at ``tol``; what was promised is ``plan.tol``.
+    met = bool((residuals <= plan.tol * values.abs().max()).all())
+    return Solution(
+        rows=result.eigenvectors.T,
+        values=values,
+        residuals=residuals,
+        probe=result.extra_eigenvectors[:, 0] if found else None,
+        next_value=float(result.extra_eigenvalues[0]) if found else 0.0,
+        kind="cold" if start is None else "krylov",
+        converged=result.converged or (start is not None and met),
+        reason=result.reason,
+        guard_matvecs=result.guard_matvecs,
+    )
+
+
+def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
+    generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
+    # A cache in half precision is orthonormal to its own rounding only.
+    rows, _ = orthonormalize_rows(torch.cat([cached.rows, cached.probe[None]]), generator=generator)
+    image = power_image(operator, rows, seed=plan.seed)
+    if not image.finite:
+        raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")
+    k = plan.k
+    values = image.ritz_values
+    ratio = math.inf if values[k - 1] <= 0 else abs(float(values[k] / values[k - 1]))
+    left = plan.max_matvecs - image.matvecs
+    trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * _IMAGE_GAP <= 1
+    if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:
+        start = image.rows if image.positive else rows
+        after = Cached(rows, values[:k], cached.probe, float(values[k]))
+        return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), _warm_tolerance(plan, after))
+    return Solution(
+        rows=image.rows[:k],
+        values=values[:k],
+        residuals=image.residual_norms[:k],
+        probe=image.probe,
+        next_value=float(values[k]),
+        kind="image",
+        converged=True,
+        reason=f"one block power step of {k + 1} products",
+    )
