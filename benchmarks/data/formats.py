@@ -161,7 +161,9 @@ def _decode(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataFormatError(f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+        raise DataFormatError(
+            f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+        ) from error
 
 
 def _check_rows(path: Path, rows: int) -> None:

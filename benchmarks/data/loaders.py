@@ -106,9 +106,7 @@ def _idx(spec: Spec, place: Place, *, train: bool, limit: int | None, normalize:
     images, labels = (place.file(alternatives) for alternatives in (spec.train if train else spec.test))
     x, y = formats.read_idx_pair(images, labels, side=28, classes=spec.classes)
     note = _fewer(spec, train, len(y), "images")
-    return _images(
-        spec, x[:, None], y, train=train, limit=limit, normalize=normalize, source=place.source, note=note
-    )
+    return _images(spec, x[:, None], y, train=train, limit=limit, normalize=normalize, source=place.source, note=note)
 
 
 def _cifar(spec: Spec, place: Place, *, train: bool, limit: int | None, normalize: bool) -> ImageData:

@@ -38,9 +38,7 @@ def channel_statistics(images: torch.Tensor, *, top: int = 255) -> tuple[tuple[f
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def char_windows(
-    ids: torch.Tensor, length: int = 64, *, limit: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def char_windows(ids: torch.Tensor, length: int = 64, *, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Cuts a text into windows that do not overlap; the target of each character is the next one.
 
     Args:

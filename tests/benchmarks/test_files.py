@@ -81,7 +81,8 @@ checkpoint, plain = folder / "c.pt", folder / "c.json"
 
 def save(version):
     # All 40,000 entries of every tensor carry the version, so that a mixture of two files would show.
-    atomic_torch_save({"version": version, "blocks": [torch.full((40_000,), float(version)) for _ in range(8)]}, checkpoint)
+    blocks = [torch.full((40_000,), float(version)) for _ in range(8)]
+    atomic_torch_save({"version": version, "blocks": blocks}, checkpoint)
     atomic_write_json(plain, {"version": version, "list": [version] * 20_000})
 
 save(0)
