@@ -330,4 +330,5 @@ class _Solver:
             restarts=basis.restarts,
             extra_eigenvalues=values[k:],
             extra_eigenvectors=rows[k:].T,
+            extra_residual_norms=torch.from_numpy(ritz.residuals[k:last].copy()).to(rows),
         )

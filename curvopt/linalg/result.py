@@ -23,6 +23,7 @@ class EigenResult:
         restarts: how often the basis was compressed.
         extra_eigenvalues: Ritz values (e,) that follow the k wanted ones; estimates, not tested for convergence.
         extra_eigenvectors: (P, e), their vectors.
+        extra_residual_norms: (e,), their residuals: an eigenvalue lies within that distance of each.
     """
 
     eigenvalues: Tensor
@@ -36,6 +37,7 @@ class EigenResult:
     restarts: int
     extra_eigenvalues: Tensor
     extra_eigenvectors: Tensor
+    extra_residual_norms: Tensor
 
 
 @dataclass(frozen=True)
