@@ -46,7 +46,9 @@ class FunctionalGraph(GradientGraph):
             outputs = Outputs(problem._outputs(self.batch))
             loss = loss_on_outputs(problem, self.batch, outputs)
             _, found = output_gradient(loss, outputs.tensors, problem.leaves)
-            self.weights = [torch.zeros_like(o) if r is None else r for r, o in zip(found, outputs.tensors, strict=True)]
+            self.weights = [
+                torch.zeros_like(o) if r is None else r for r, o in zip(found, outputs.tensors, strict=True)
+            ]
             if not all(bool(torch.isfinite(r).all()) for r in self.weights):
                 raise NonFiniteError(
                     f"the gradient of the loss by the outputs is not finite on curvature batch {batch.number}: no curvature"
@@ -169,7 +171,6 @@ class FunctionalHessian(ProblemOperator):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
-        self.problem._warn_of_batch_statistics()
         with self.hold():
             for graph in self._cache.each():
                 for row, target in zip(rows, out, strict=True):

@@ -102,7 +102,7 @@ class JacobianOperator(ProblemOperator):
     def _middle(self, batch: Batch, outputs: Outputs) -> Middle:
         raise NotImplementedError(f"{type(self).__name__} defines no matrix on output space")
 
-    def _offset(self, jacobian: BatchJacobian, middle: Middle) -> Tensor | None:
+    def _offset(self, batch: Batch, outputs: Outputs, jacobian: BatchJacobian) -> Tensor | None:
         return None
 
     def _twin(self: Self, problem: Problem) -> Self:
@@ -153,7 +153,6 @@ class JacobianOperator(ProblemOperator):
 
     def _factor(self, batch: Batch) -> Factor:
         problem = self.problem
-        problem._warn_of_batch_statistics()
         batch = problem.placed(batch)
         with problem.quiet(batch) as buffers:
             outputs = Outputs(problem._outputs(batch))
@@ -163,7 +162,7 @@ class JacobianOperator(ProblemOperator):
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss.item()} on curvature batch {batch.number}: no curvature")
             jacobian = BatchJacobian(problem, batch, outputs, buffers, self.method)
-        return Factor(jacobian, middle, self._offset(jacobian, middle))
+            return Factor(jacobian, middle, self._offset(batch, outputs, jacobian))
 
     # ---- products
     def _multiply(self, rows: Tensor) -> Tensor:

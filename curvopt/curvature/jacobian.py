@@ -205,7 +205,9 @@ class BatchJacobian:
         w = [draw(o) for o in self.outputs.tensors]
         tangent = self.push(v)
         left = sum(float((a.double() * b.double()).sum()) for a, b in zip(tangent, w, strict=True))
-        right = sum(float((a.double() * b.double()).sum()) for a, b in zip(v, self.pull(w), strict=True) if b is not None)
+        right = sum(
+            float((a.double() * b.double()).sum()) for a, b in zip(v, self.pull(w), strict=True) if b is not None
+        )
         size = sum(float(t.double().square().sum()) for t in tangent) ** 0.5
         size = max(size, abs(right) / sum(t.numel() for t in w) ** 0.5)
         if abs(left - right) > min(0.3, 1e5 * torch.finfo(self.leaves[0].dtype).eps) * size:

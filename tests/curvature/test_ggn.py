@@ -292,7 +292,9 @@ def test_a_dict_with_a_loss_in_it():
 
 def test_outputs_without_gradient():
     with pytest.raises(CurvatureError, match="do not depend on any parameter"):
-        GGN(nn.Linear(2, 2), nn.MSELoss(), (torch.randn(3, 2), torch.randn(3, 2)), forward=lambda m, b: m(b[0]).detach())
+        GGN(
+            nn.Linear(2, 2), nn.MSELoss(), (torch.randn(3, 2), torch.randn(3, 2)), forward=lambda m, b: m(b[0]).detach()
+        )
 
 
 def test_a_loss_that_ignores_the_outputs():
@@ -325,5 +327,7 @@ def test_wrong_shapes_and_methods():
         op.gram(torch.zeros(3, 35, dtype=torch.float64))
     with pytest.raises(TypeError, match="operand has dtype torch.float32"):
         op.forms(torch.zeros(35, 2))
-    with pytest.raises(ValueError, match="method must be one of 'auto', 'double_backward', 'finite_difference', got 'x'"):
+    with pytest.raises(
+        ValueError, match="method must be one of 'auto', 'double_backward', 'finite_difference', got 'x'"
+    ):
         mlp_problem(method="x")
