@@ -32,6 +32,7 @@ class RunProgress:
             disable=not shown,
         )
         self._task: int | None = None
+        self._all: int | None = None
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -41,6 +42,22 @@ class RunProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def overall(self, runs: int) -> None:
+        """Start a bar over several runs, above that of the one at work."""
+        self._all = self._bar.add_task("all runs", total=runs, phase="")
+
+    def finish_run(self) -> None:
+        """Take the run's bar away and count it."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if self._all is not None:
+            self._bar.advance(self._all)
+
+    def print(self, text: str) -> None:
+        """A line above the bars; shown outside a terminal too."""
+        self._bar.console.print(text, soft_wrap=True, highlight=False)
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
         """Start the bar of a run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.config import ConfigError, RunConfig, config_hash, load_run, to_yaml
 from benchmarks.files import atomic_torch_save, atomic_write_json, atomic_write_text, remove_leftovers
+from benchmarks.protocol.log import RECORDS
+from benchmarks.sinks.jsonl import decode, encode
 
 # Of the layout of the files below: a folder of another version is refused, never misread.
 VERSION = 1
@@ -22,16 +24,17 @@ class RunFolder:
     """The files of one run.
 
     ``config.yaml`` the resolved configuration, ``meta.json`` versions and machine, ``log.jsonl`` the record,
-    ``checkpoint.pt`` the state, ``result.json`` the outcome, ``DONE`` once all of them are final.
+    ``checkpoint.pt`` the state, ``product_cost.json`` what a product costs, ``result.json`` the outcome, ``DONE`` once all of them are final.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.meta = self.path / "meta.json"
-        self.log = self.path / "log.jsonl"
+        self.log = self.path / RECORDS
         self.checkpoint = self.path / "checkpoint.pt"
         self.result = self.path / "result.json"
+        self.cost = self.path / "product_cost.json"
         self.done = self.path / "DONE"
 
     @contextmanager
@@ -54,14 +57,18 @@ class RunFolder:
         remove_leftovers(self.checkpoint)
         if not self.config.exists():
             if self.checkpoint.exists() or self.done.exists():
-                raise ConfigError(f"{self.path} holds results but no config.yaml: move it away, or give another run_dir=")
+                raise ConfigError(
+                    f"{self.path} holds results but no config.yaml: move it away, or give another run_dir="
+                )
             atomic_write_json(self.meta, meta)
             atomic_write_text(self.config, to_yaml(config))
             return
         found = load_run(self.config)
         version = json.loads(self.meta.read_text()).get("version")
         if version != VERSION:
-            raise ConfigError(f"{self.path} was written in format {version}, this program writes {VERSION}: move it away")
+            raise ConfigError(
+                f"{self.path} was written in format {version}, this program writes {VERSION}: move it away"
+            )
         if (config_hash(found), found.seed) != (config_hash(config), config.seed):
             raise ConfigError(
                 f"{self.path} holds results of another configuration ({_difference(found, config)}): "
@@ -78,14 +85,20 @@ class RunFolder:
             return None
         return torch.load(self.checkpoint, weights_only=True)
 
+    def product_cost(self, measure: Callable[[], float]) -> float:
+        """The cost of a product in gradients: measured by the first process of this run, read by all later ones."""
+        if not self.cost.exists():
+            atomic_write_json(self.cost, {"product_cost": measure()})
+        return float(json.loads(self.cost.read_text())["product_cost"])
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write the outcome and mark the run as done."""
-        atomic_write_json(self.result, result)
+        atomic_write_json(self.result, encode(result))
         atomic_write_text(self.done, f"{result['status']}\n")
 
     def finished(self) -> dict[str, Any] | None:
         """The outcome of a run that is done, or None."""
-        return json.loads(self.result.read_text()) if self.done.exists() else None
+        return decode(json.loads(self.result.read_text())) if self.done.exists() else None
 
 
 def _difference(found: RunConfig, asked: RunConfig) -> str:

@@ -1,51 +1,70 @@
-"""The record of a run: JSON Lines first, W&B beside it."""
+"""The record of a run: plain JSON Lines first, W&B beside it."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.config import RunConfig, to_dict
+from benchmarks.sinks import JsonlSink, MultiSink, WandbSink
+
+RECORDS = "log.jsonl"  # the name that JsonlSink gives its file
+
 
 class RunLog:
-    """Append-only ``log.jsonl``, and further sinks that may fail without harm.
+    """The sinks of one run; use as a context manager.
 
     Args:
         folder: of the run.
-        config: the resolved configuration, for the sinks.
-        resume_bytes: what a checkpoint says of the file's length: later lines are of steps that will be redone.
+        config: of the run.
+        checkpoint_step: first step that the resumed run will do; its records and later ones are taken out. None
+            starts anew.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume_bytes: int | None = None) -> None:
-        path = folder / "log.jsonl"
-        path.touch()
-        os.truncate(path, resume_bytes or 0)
-        self._file = open(path, "ab")  # noqa: SIM115
+    def __init__(self, folder: Path, config: RunConfig, checkpoint_step: int | None = None) -> None:
+        # A process that was killed before its first checkpoint left records, and all of them come again.
+        last_kept = -1 if checkpoint_step is None else checkpoint_step - 1
+        self._sinks = MultiSink(
+            [
+                JsonlSink(folder, resume_step=last_kept),
+                WandbSink(
+                    folder,
+                    mode=None if config.wandb.mode == "auto" else config.wandb.mode,
+                    project=config.wandb.project,
+                    name=f"{config.task['file']}-{config.optimizer['file']}-seed{config.seed}",
+                    group=config.wandb.group,
+                    tags=config.wandb.tags,
+                    resume_step=checkpoint_step,
+                ),
+            ]
+        )
         self._config = config
+        self._status = "failed"
 
     def __enter__(self) -> RunLog:
+        self._sinks.start(to_dict(self._config))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._sinks.finish(self._status)
+
+    @property
+    def note(self) -> str:
+        """What a user should know of the sinks."""
+        return self._sinks.note
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append the record of a step."""
-        line = {"step": step, **{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._sinks.log(record, step)
 
-    def sync(self) -> int:
-        """Bring everything to disk; the file's length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+    def sync(self) -> None:
+        """Bring everything to disk: a checkpoint must not be ahead of the record."""
+        self._sinks.sync()
 
     def finish(self, result: dict[str, Any]) -> None:
         """Close the record with the run's outcome."""
-        self.sync()
+        self._sinks.summary(result)
+        self._status = "finished" if result["status"] == "done" else str(result["status"])

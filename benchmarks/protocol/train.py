@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import tasks
-from benchmarks.config import ConfigError, RunConfig, run_directory, to_dict
+from benchmarks.config import ConfigError, RunConfig, run_directory
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.protocol.clock import Stopwatch
 from benchmarks.protocol.environment import environment
+from benchmarks.protocol.log import RunLog
 from benchmarks.protocol.measure import CurvatureMeter, product_cost
 from benchmarks.protocol.order import DataOrder
-from benchmarks.protocol.log import RunLog
 from curvopt import zoo
-from curvopt._errors import NonFiniteError
+from curvopt._errors import CurvoptWarning, NonFiniteError
 
 # A mini-batch loss this many times the first one is not coming back.
 _HOPELESS = 1e4
@@ -147,10 +147,12 @@ class Run:
             self.account.cost = self.config.product_cost
         elif self.entry.needs_curvature or self.entry.products_per_step:
             with self.progress.phase("timing a product"):
-                self.account.cost = product_cost(self.task, self.model, self.config.batch_size)
+                self.account.cost = self.folder.product_cost(
+                    lambda: product_cost(self.task, self.model, self.config.batch_size)
+                )
 
     # ---- state
-    def state_dict(self, log_bytes: int) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
         return {
             "step": self.step,
@@ -163,7 +165,6 @@ class Run:
             "meter": None if self.meter is None else self.meter.state_dict(),
             "seconds": dict(self.watch.seconds),
             "loss": (self.loss_sum, self.loss_count, self.first_loss),
-            "log_bytes": log_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,7 +208,9 @@ class Run:
                 record["chi_update"] = self.meter.share_of_update(before)
             if record:
                 log.write(self.step, record)
-                self.progress.advance(self.step, f"training, loss {record.get('batch_loss', record.get('train_loss', math.nan)):.3g}")
+                self.progress.advance(
+                    self.step, f"training, loss {record.get('batch_loss', record.get('train_loss', math.nan)):.3g}"
+                )
             self.step += 1
 
     def last_look(self, log: RunLog) -> dict[str, Any]:
@@ -310,20 +313,22 @@ class Run:
 
     def _save(self, log: RunLog) -> None:
         with self.progress.phase("writing a checkpoint"):
-            self.folder.save(self.state_dict(log.sync()))
+            log.sync()
+            self.folder.save(self.state_dict())
 
 
 def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def execute(config: RunConfig, progress: RunProgress | None = None, quiet: bool = True) -> Outcome:
+def execute(config: RunConfig, progress: RunProgress | None = None) -> Outcome:
     """Do a run, go on with one that was interrupted, or give the outcome of one that is done.
 
     Args:
         config: of the run.
         progress: the bar to use; None makes none.
-        quiet: keep the optimizers' warnings of spectra and refreshes to one each.
+
+    Warnings do not interrupt the bar: they are kept, each once, in the result's ``warnings``.
 
     Raises:
         ConfigError: the folder holds another configuration's results, or the task and the config don't fit.
@@ -340,13 +345,14 @@ def execute(config: RunConfig, progress: RunProgress | None = None, quiet: bool 
             return Outcome(finished["status"], finished["reason"], folder, finished, resumed=True)
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(config.threads)
-        if quiet:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("once")
-        return _execute(config, folder, bar)
+        heard = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always", CurvoptWarning)
+        return _execute(config, folder, bar, heard)
 
 
-def _execute(config: RunConfig, folder: RunFolder, bar: RunProgress) -> Outcome:
+def _execute(
+    config: RunConfig, folder: RunFolder, bar: RunProgress, heard: Sequence[warnings.WarningMessage]
+) -> Outcome:
     try:
         run = Run(config, folder, bar)
     except ValueError as error:
@@ -361,10 +367,12 @@ def _execute(config: RunConfig, folder: RunFolder, bar: RunProgress) -> Outcome:
         run.load_state_dict(state)
     started = time.time()
     status, reason = "done", ""
-    with RunLog(folder.path, to_dict(config), resume_bytes=None if state is None else int(state["log_bytes"])) as log:
+    with RunLog(folder.path, config, checkpoint_step=None if state is None else run.step) as log:
         try:
             run.train(log)
             last = run.last_look(log)
+            log.sync()
+            folder.save(run.state_dict())  # the final weights
         except (_Diverged, NonFiniteError) as error:
             status, reason = "diverged", str(error)
             last = run.account.columns(run.watch)
@@ -376,18 +384,14 @@ def _execute(config: RunConfig, folder: RunFolder, bar: RunProgress) -> Outcome:
             "data": run.task.data_source,
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "finished_after": time.time() - started,
+            "warnings": _texts(heard),
             **last,
         }
         log.finish(result)
-    if not math.isnan(run.account.cost):
-        pass
-    folder.finish({k: _strict(v) for k, v in result.items()})
+    folder.finish(result)
     return Outcome(status, reason, folder, result, resumed=state is not None)
 
 
-def _strict(value: Any) -> Any:
-    """NaN and infinity as words: strict JSON has none."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = ["Account", "Outcome", "Run", "execute", "nn"]
+def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Each warning once, a line each."""
+    return list(dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in heard))

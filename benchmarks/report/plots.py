@@ -55,7 +55,14 @@ def _curve(ax: Axes, runs: Sequence[RunRecord], x: str, y: str, index: int, labe
             xs = values.index if x == "step" else run.frame.loc[values.index, x]
             lines.append((list(xs), list(values)))
     for i, (xs, ys) in enumerate(lines):
-        ax.plot(xs, ys, label=label if i == 0 else None, linewidth=1.6, alpha=1.0 if len(lines) == 1 else 0.6, **style(index))
+        ax.plot(
+            xs,
+            ys,
+            label=label if i == 0 else None,
+            linewidth=1.6,
+            alpha=1.0 if len(lines) == 1 else 0.6,
+            **style(index),
+        )
     for run in runs:
         if run.status == "diverged" and len(values := run.column(y)):
             at = values.index[-1] if x == "step" else run.frame.loc[values.index[-1], x]
@@ -71,7 +78,9 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
             _curve(ax, runs, x, "train_loss", i, label)
         if target is not None:
             ax.axhline(target, color="0.4", linewidth=0.8, linestyle=(0, (1, 3)))
-            ax.annotate(f"target {target:g}", (0.005, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+            ax.annotate(
+                f"target {target:g}", (0.005, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
+            )
         ax.set(yscale="log", xlabel=words, ylabel="train loss (whole training set)", title=title)
         if x == "gradient_equivalents":
             ax.set_xscale("symlog", linthresh=100)
@@ -84,7 +93,11 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
 
 def alignment_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
     """Dominant share of gradient and update against steps."""
-    panels = {"chi_gradient": "mini-batch gradient", "chi_full_gradient": "gradient of the curvature batch", "chi_update": "update"}
+    panels = {
+        "chi_gradient": "mini-batch gradient",
+        "chi_full_gradient": "gradient of the curvature batch",
+        "chi_update": "update",
+    }
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     for ax, (column, words) in zip(axes, panels.items(), strict=True):
         for i, (label, runs) in enumerate(by_label(records).items()):
@@ -102,13 +115,18 @@ def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) ->
     groups = by_label(records)
     width = min(4, max(1, len(groups)))
     height = -(-len(groups) // width)
-    figure, grid = plt.subplots(height, width, figsize=(3.3 * width, 2.7 * height), sharex=True, sharey=True, squeeze=False)
+    figure, grid = plt.subplots(
+        height, width, figsize=(3.3 * width, 2.7 * height), sharex=True, sharey=True, squeeze=False
+    )
     for ax in grid.flat[len(groups) :]:
         ax.set_visible(False)
     names: list[str] = []
     for ax, (label, runs) in zip(grid.flat, groups.items(), strict=False):
         run = runs[0]
-        names = sorted((c for c in run.frame if str(c).startswith("lambda/")), key=lambda c: int(c.partition("/")[2])) or names
+        names = (
+            sorted((c for c in run.frame if str(c).startswith("lambda/")), key=lambda c: int(c.partition("/")[2]))
+            or names
+        )
         for j, name in enumerate(names):
             values = run.column(name)
             values = values[values > 0]

@@ -12,6 +12,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.config import ConfigError, RunConfig, load_run
+from benchmarks.protocol.log import RECORDS
+from benchmarks.sinks import read_jsonl
+from benchmarks.sinks.jsonl import decode
 
 # Columns that a repeated run need not repeat: they are measured, all others are counted or computed.
 MEASURED = ("seconds", "seconds_base", "seconds_refresh", "seconds_projection", "seconds_measure")
@@ -61,10 +64,6 @@ class RunRecord:
         return float(reached.index[0] if axis == "step" else reached[axis].iloc[0])
 
 
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf", "NaN", "Infinity", "-Infinity") else value
-
-
 def load_record(folder: str | Path) -> RunRecord:
     """Read a run's folder; a last line that a kill cut short is left out.
 
@@ -73,18 +72,13 @@ def load_record(folder: str | Path) -> RunRecord:
     """
     path = Path(folder)
     config = load_run(path / "config.yaml")
-    rows = []
-    log = path / "log.jsonl"
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            rows.append({k: _number(v) for k, v in json.loads(line).items()})
-        except json.JSONDecodeError:
-            break
-    frame = pd.DataFrame([r for r in rows if "step" in r])
+    log = path / RECORDS
+    rows = read_jsonl(log) if log.exists() else []
+    frame = pd.DataFrame(rows)
     frame = frame.set_index("step") if len(frame) else pd.DataFrame(index=pd.Index([], name="step"))
     result_file = path / "result.json"
     if result_file.exists():
-        result = {k: _number(v) for k, v in json.loads(result_file.read_text()).items()}
+        result = decode(json.loads(result_file.read_text()))
     else:
         result = {"status": "unfinished", "reason": f"last record at step {frame.index[-1] if len(frame) else 0}"}
     return RunRecord(config, frame, result)

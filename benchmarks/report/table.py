@@ -12,6 +12,9 @@ from rich.table import Table
 from benchmarks.report.records import AXES, RunRecord, by_label
 
 
+_FORMS = {"step": ",.0f", "gradient_equivalents": ",.0f", "seconds": ".2f"}
+
+
 @dataclass(frozen=True)
 class Spread:
     """Values over seeds. A miss counts as infinite, so the median is what stays meaningful."""
@@ -73,7 +76,11 @@ def _status(runs: Sequence[RunRecord]) -> str:
     if list(counts) == ["done"]:
         return "done"
     if len(runs) == 1:
-        return f"{runs[0].status} at step {int(runs[0].result.get('step', 0))}" if "step" in runs[0].result else runs[0].status
+        return (
+            f"{runs[0].status} at step {int(runs[0].result.get('step', 0))}"
+            if "step" in runs[0].result
+            else runs[0].status
+        )
     return ", ".join(f"{n} {s}" for s, n in counts.items())
 
 
@@ -116,41 +123,56 @@ def summarise(records: Sequence[RunRecord], target: float | None) -> list[Row]:
     return sorted(rows, key=lambda r: math.inf if math.isnan(r.train_loss.median) else r.train_loss.median)
 
 
-def cells(rows: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
-    """Header and texts."""
+def _results(rows: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
     header = ["optimizer", "status", "train loss", "test accuracy"]
-    if target is not None:
-        header += [f"{name} to {target:g}" for name in AXES.values()]
-    header += ["products", "ms a step: base", "refresh", "projection", "share of update in top k"]
+    header += [] if target is None else [f"{name} to {target:g}" for name in AXES.values()]
     body = []
     for r in rows:
-        line = [r.label, r.status, r.train_loss.text(".4g"), Spread(tuple(100 * v for v in r.test_accuracy.values)).text(".2f")]
-        if line[-1] != "-":
-            line[-1] += " %"
+        accuracy = Spread(tuple(100 * v for v in r.test_accuracy.values)).text(".2f")
+        line = [r.label, r.status, r.train_loss.text(".4g"), accuracy if accuracy == "-" else f"{accuracy} %"]
         if target is not None:
-            line += [r.to_target["step"].text(",.0f"), r.to_target["gradient_equivalents"].text(",.0f")]
-            line += [r.to_target["seconds"].text(".2f")]
-        line += [r.products.text(",.0f"), r.base.text(".2f"), r.refresh.text(".2f"), r.projection.text(".2f")]
-        body.append([*line, r.chi.text(".2f")])
+            line += [r.to_target[axis].text(form) for axis, form in _FORMS.items()]
+        body.append(line)
+    return header, body
+
+
+def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["optimizer", "products", "refreshes", "base ms/step", "refresh ms/step", "projection ms/step", "share of update in top k"]
+    body = [
+        [
+            r.label,
+            r.products.text(",.0f"),
+            r.refreshes.text(",.0f"),
+            r.base.text(".2f"),
+            r.refresh.text(".2f"),
+            r.projection.text(".2f"),
+            r.chi.text(".2f"),
+        ]
+        for r in rows
+    ]
     return header, body
 
 
 def markdown(rows: Sequence[Row], target: float | None) -> str:
-    """A Markdown table."""
-    header, body = cells(rows, target)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)]) + "\n"
+    """Two Markdown tables: what was reached, and what it cost."""
+    parts = []
+    for header, body in (_results(rows, target), _costs(rows)):
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        parts.append("\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)]))
+    return "\n\n".join(parts) + "\n"
 
 
-def terminal(rows: Sequence[Row], target: float | None, title: str) -> Table:
-    """The same for rich."""
-    header, body = cells(rows, target)
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for line in body:
-        table.add_row(*line)
-    return table
+def terminal(rows: Sequence[Row], target: float | None, title: str) -> list[Table]:
+    """The same two for rich."""
+    tables = []
+    for name, (header, body) in ((title, _results(rows, target)), ("cost", _costs(rows))):
+        table = Table(title=name)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="left" if i == 0 else "right", min_width=len(max(column.split(), key=len)))
+        for line in body:
+            table.add_row(*line)
+        tables.append(table)
+    return tables
 
 
 def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
@@ -160,7 +182,6 @@ def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
     if finished:
         best = finished[0]
         lines.append(f"Lowest train loss at the end: {best.label} ({best.train_loss.text('.4g')}).")
-    units = {"step": ",.0f", "gradient_equivalents": ",.0f", "seconds": ".2f"}
     for axis, name in AXES.items() if target is not None else ():
         assert target is not None
         reached = [r for r in rows if math.isfinite(r.to_target[axis].median)]
@@ -168,9 +189,9 @@ def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
             lines.append(f"No optimizer reached a train loss of {target:g}.")
             break
         order = sorted(reached, key=lambda r: r.to_target[axis].median)
-        others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(units[axis])})" for r in order[1:3])
+        others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(_FORMS[axis])})" for r in order[1:3])
         lines.append(
-            f"Fewest {name} to {target:g}: {order[0].label} ({order[0].to_target[axis].text(units[axis])})"
+            f"Fewest {name} to {target:g}: {order[0].label} ({order[0].to_target[axis].text(_FORMS[axis])})"
             f"{others if len(order) > 1 else ''}."
         )
     seeds = min((r.seeds for r in rows), default=0)
@@ -179,6 +200,10 @@ def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
     else:
         lines.append(
             f"Medians over {seeds} seeds, smallest and largest in brackets; "
-            + ("no test of significance was made." if seeds >= 6 else "too few seeds for a test of significance (6 is the least).")
+            + (
+                "no test of significance was made."
+                if seeds >= 6
+                else "too few seeds for a test of significance (6 is the least)."
+            )
         )
     return lines

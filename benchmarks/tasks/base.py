@@ -77,9 +77,9 @@ class Task(ABC):
 
     def curvature(self, model: nn.Module) -> Any:
         """The Hessian operator of the loss on the curvature batch."""
-        import curvopt
+        from curvopt.curvature import Hessian
 
-        return curvopt.Hessian(model, self.loss_fn, self.curvature_batch())
+        return Hessian(model, self.loss_fn, self.curvature_batch())
 
 
 _TASKS: dict[str, type[Task]] = {}

@@ -1,0 +1,219 @@
+"""The command line: python -m benchmarks run | bench | tune | report | fetch | list."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.config import ConfigError, available, compose_run, load_run, run_directory
+from benchmarks.progress import RunProgress
+from curvopt._errors import CurvoptError
+
+_EXAMPLES = """examples:
+  python -m benchmarks run digits_mlp bulk_sgd                      one run, settings tuned for the task
+  python -m benchmarks run mnist5k_mlp sgd optimizer.lr=0.2 steps=500 seed=3
+  python -m benchmarks bench                                        the comparison: table, plots, logs
+  python -m benchmarks tune digits_mlp adamw                        bracket the best learning rate
+  python -m benchmarks fetch mnist                                  bring a data set into the user's cache
+
+The same command goes on where an interrupted one stopped, bit for bit. Data are looked for in the folder that
+CURVOPT_DATA names, then in the user's cache; only `fetch` downloads."""
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(s) for s in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Train, compare and tune optimizers, ours and others'.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train one optimizer on one task")
+    run.add_argument("task", nargs="?", help="a file in configs/task")
+    run.add_argument("optimizer", nargs="?", help="a file in configs/optimizer")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="optimizer.lr=0.1 task.loss=mse steps=500 ...")
+    run.add_argument("--config", type=Path, metavar="FILE", help="repeat the run whose config.yaml this is")
+    run.add_argument("--fresh", action="store_true", help="delete what an earlier call of the same run left")
+
+    bench = commands.add_parser("bench", help="the main comparison, on MNIST-5k or else on the bundled digits")
+    bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
+    bench.add_argument("--seeds", type=_count, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    bench.add_argument("--task", help="a file in configs/task (default: the first whose data are at hand)")
+    bench.add_argument("--optimizers", help="files in configs/optimizer, separated by commas (default: configs/bench.yaml)")
+    bench.add_argument("--out", type=Path, default=Path("runs"), help="parent of the result's folder (default: runs)")
+    bench.add_argument("--fresh", action="store_true", help="delete earlier results and start over")
+
+    tune = commands.add_parser("tune", help="bracket the best value of one number of an optimizer on a task")
+    tune.add_argument("task")
+    tune.add_argument("optimizer")
+    tune.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    tune.add_argument("--key", default="lr", help="the optimizer's argument (default: lr)")
+    tune.add_argument("--factor", type=float, default=2.0, help="ratio of neighbouring values (default: 2)")
+    tune.add_argument("--budget", type=_count, default=12, help="values to try at most (default: 12)")
+    tune.add_argument("--seeds", type=_seeds, default=[100, 101], help="seeds of the trials (default: 100,101)")
+
+    report = commands.add_parser("report", help="table and plots of runs that are there")
+    report.add_argument("folder", type=Path, help="a folder with runs of one task below it")
+    report.add_argument("--out", type=Path, help="where to write (default: FOLDER)")
+    report.add_argument("--target", type=float, help="train loss that counts as solved (default: the task's)")
+
+    fetch = commands.add_parser("fetch", help="download a data set into the user's cache, checked by its checksum")
+    fetch.add_argument("name", help="mnist, fashion-mnist, cifar-10, sst-2 or tinyshakespeare")
+
+    commands.add_parser("list", help="tasks, optimizers and the zoo")
+    return top
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.suite import fresh
+    from benchmarks.protocol.train import execute
+
+    if options.config is not None:
+        if options.task is not None:
+            raise ConfigError("--config takes everything from the saved file: name no task beside it")
+        config = load_run(options.config)
+    else:
+        if options.task is None or options.optimizer is None:
+            raise ConfigError(
+                f"run needs TASK and OPTIMIZER; tasks: {', '.join(available('task'))}; "
+                f"optimizers: {', '.join(available('optimizer'))}"
+            )
+        config = compose_run(options.task, options.optimizer, options.overrides)
+    if options.fresh:
+        fresh(config)
+    console.print(f"Run folder: {run_directory(config)}", soft_wrap=True)
+    with RunProgress() as progress:
+        outcome = execute(config, progress)
+    r = outcome.record
+    for text in r.get("warnings", []):
+        console.print(text, soft_wrap=True, highlight=False)
+    console.print(f"Data: {r['data']}", soft_wrap=True)
+    if outcome.status != "done":
+        console.print(f"{config.optimizer['label']}: {outcome.status} at step {r['step']}: {outcome.reason}", soft_wrap=True)
+        return 0
+    words = ", ".join(f"{k.replace('_', ' ')} {float(r[k]):.4g}" for k in ("train_loss", "test_loss", "test_accuracy") if k in r)
+    cost = f"{r['gradients']:,} gradients, {r['products']:,} curvature products, {float(r['seconds']):.2f} s"
+    console.print(f"{config.optimizer['label']}: {outcome.status} after {r['step']:,} steps: {words}; {cost}", soft_wrap=True)
+    return 0
+
+
+def _bench_task(names: Sequence[str], console: Console) -> str:
+    from benchmarks import data
+
+    for name in names:
+        dataset = compose_run(name, "sgd").task["dataset"]
+        if data.available(dataset):
+            console.print(f"Task: {name}, on {dataset}.", highlight=False)
+            return name
+        console.print(
+            f"{name} is left out: {dataset} is neither in the folder that CURVOPT_DATA names nor in the cache "
+            f"(to bring it there: python -m benchmarks fetch {dataset}).",
+            soft_wrap=True,
+            highlight=False,
+        )
+    raise ConfigError(f"no data for any of {', '.join(names)}")
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.suite import fresh, load_suite, perform, plan
+    from benchmarks.report.write import write_report
+
+    suite = load_suite("bench")
+    optimizers = options.optimizers.split(",") if options.optimizers else suite.optimizers
+    task = options.task or _bench_task(suite.tasks, console)
+    out = options.out / f"bench-{task}"
+    overrides = [*suite.overrides, *options.overrides, f"out={out / 'runs'}"]
+    configs = plan(task, optimizers, range(options.seeds), overrides)
+    configs = [replace(c, wandb=replace(c.wandb, group=f"bench-{task}")) for c in configs]
+    if options.fresh:
+        for config in configs:
+            fresh(config)
+    with RunProgress() as progress:
+        folders = perform(configs, progress, lambda text: progress.print(text))
+    write_report(folders, out, console)
+    return 0
+
+
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.tune import tune
+
+    with RunProgress() as progress:
+        found = tune(
+            options.task,
+            options.optimizer,
+            [f"out=runs/tune-{options.task}", *options.overrides],
+            options.seeds,
+            progress,
+            key=options.key,
+            factor=options.factor,
+            limit=options.budget,
+            say=progress.print,
+        )
+    state = "bracketed on both sides" if found.bracketed else "NOT bracketed: at the edge of the values tried"
+    console.print(f"best {found.key}={found.best:g} (train loss {found.scores[found.best]:.4g}), {state}", soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.report.write import write_report
+
+    files = sorted(options.folder.rglob("config.yaml"))
+    if not files:
+        raise ConfigError(f"no runs below {options.folder}")
+    write_report([f.parent for f in files], options.out or options.folder, console, options.target)
+    return 0
+
+
+def _fetch(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks import data
+
+    console.print(f"{options.name}: {data.fetch(options.name)}", soft_wrap=True)
+    return 0
+
+
+def _list(options: argparse.Namespace, console: Console) -> int:
+    from curvopt import zoo
+
+    console.print(f"tasks: {', '.join(available('task'))}", soft_wrap=True)
+    console.print(f"optimizers (files): {', '.join(available('optimizer'))}", soft_wrap=True)
+    console.print(f"zoo: {', '.join(zoo.names())}; bulk+NAME, dom+NAME and scaled+NAME wrap any of them", soft_wrap=True)
+    for name, reason in zoo.names(excluded=True).items():
+        console.print(f"  not available: {name}: {reason}", soft_wrap=True)
+    return 0
+
+
+_COMMANDS = {"run": _run, "bench": _bench, "tune": _tune, "report": _report, "fetch": _fetch, "list": _list}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 for success, 2 for a request that can't be met, 130 for an interruption."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    try:
+        return _COMMANDS[options.command](options, console)
+    except (ConfigError, CurvoptError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
