@@ -131,6 +131,7 @@ class DominantSubspace:
         self._values = torch.zeros(shape, dtype=torch.float64)
         self._residuals = torch.full(shape, math.inf, dtype=torch.float64)
         self._next = torch.zeros(shape[0], dtype=torch.float64)
+        self._next_residuals = torch.zeros(shape[0], dtype=torch.float64)
         self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64)
 
     def _find_layers(self) -> None:
@@ -295,7 +296,8 @@ class DominantSubspace:
         live = 0 if cold or not self.ready else int((self._values[g] > 0).sum())
         rows = torch.cat([self.blocks[i][:live].reshape(live, self.parameters.sizes[i]) for i in group], dim=1)
         probe = torch.cat([self.probes[i].reshape(-1) for i in group])
-        return Cached(rows.to(dtype), self._values[g, :live], probe.to(dtype), float(self._next[g]))
+        following = float(self._next[g]), float(self._next_residuals[g])
+        return Cached(rows.to(dtype), self._values[g, :live], probe.to(dtype), *following)
 
     def _solve(self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None) -> Solution:
         plan, cached = self._plan(g), self._cached(g, operator.dtype, cold)
@@ -329,7 +331,7 @@ class DominantSubspace:
     def _commit(self, solutions: list[Solution], matvecs: int) -> RefreshReport:
         overlaps = []
         # New tensors, so that a state_dict taken earlier keeps what it held.
-        values, residuals, following = self._values.clone(), self._residuals.clone(), self._next.clone()
+        values, residuals = self._values.clone(), self._residuals.clone()
         for g, (group, s) in enumerate(zip(self.groups, solutions, strict=True)):
             most = max(int((self._values[g] > 0).sum()), int((s.values > 0).sum()))
             if self.ready and most:
@@ -342,8 +344,10 @@ class DominantSubspace:
                 if s.probe is not None:
                     self.probes[i].copy_(s.probe[start : start + size].reshape(self.probes[i].shape))
                 start += size
-            values[g], residuals[g], following[g] = s.values, s.residuals, s.next_value
-        self._values, self._residuals, self._next = values, residuals, following
+            values[g], residuals[g] = s.values, s.residuals
+        self._values, self._residuals = values, residuals
+        self._next = torch.tensor([s.next_value for s in solutions], dtype=torch.float64)
+        self._next_residuals = torch.tensor([s.next_residual for s in solutions], dtype=torch.float64)
         self.measure_mass()
         self.overlap = float(torch.stack(overlaps).mean()) if overlaps else math.nan
         if self.ready:
@@ -380,7 +384,7 @@ class DominantSubspace:
         if self.layout != "whole":
             raise ValueError("replace() is for layout='whole'")
         none = torch.zeros(self.rank, dtype=torch.float64)
-        self._commit([Solution(rows, values.double().cpu(), none, None, 0.0, "krylov", True, "given")], 0)
+        self._commit([Solution(rows, values.double().cpu(), none, None, 0.0, 0.0, "krylov", True, "given")], 0)
 
     def measure_mass(self) -> None:
         """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
@@ -417,6 +421,7 @@ class DominantSubspace:
             "eigenvalues": self._values,
             "residual_norms": self._residuals,
             "next_eigenvalues": self._next,
+            "next_residual_norms": self._next_residuals,
             "gap_warned": self._gap_warned,
             "cap_warned": self._cap_warned,
             "first_matvecs": self._first_matvecs,
@@ -437,6 +442,7 @@ class DominantSubspace:
         self._values = values.clone()
         self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64).clone()
         self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64).clone()
+        self._next_residuals = torch.as_tensor(state["next_residual_norms"], dtype=torch.float64).clone()
         self._gap_warned, self._cap_warned = bool(state["gap_warned"]), bool(state["cap_warned"])
         self._first_matvecs, self._earlier_steps = int(state["first_matvecs"]), int(state["earlier_steps"])
         self.reason = "restored"

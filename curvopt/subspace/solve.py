@@ -61,12 +61,14 @@ class Cached:
         values: (live,) Ritz values, float64 on the CPU.
         probe: (P,), zero where there is none.
         next_value: Ritz value that followed the wanted ones.
+        next_residual: its residual; Ritz values lie below eigenvalues, by no more than that.
     """
 
     rows: Tensor
     values: Tensor
     probe: Tensor
     next_value: float
+    next_residual: float
 
     def route(self, plan: Plan, size: int) -> Kind:
         """``image`` where a gap follows the k-th value, else ``krylov``; ``cold`` where nothing is cached.
@@ -82,7 +84,8 @@ class Cached:
         if self.next_value < -_ROUNDING * float(self.values[0]):
             return "krylov"
         has_probe = bool(self.probe.any())
-        return "image" if has_probe and float(self.values[-1]) >= _IMAGE_GAP * self.next_value else "krylov"
+        bound = self.next_value + self.next_residual
+        return "image" if has_probe and float(self.values[-1]) >= _IMAGE_GAP * bound else "krylov"
 
     def worst_matvecs(self, plan: Plan, size: int) -> int:
         """Products that a refresh from here may spend at most."""
@@ -103,6 +106,7 @@ class Solution:
         residuals: (k,) residual norms, float64 on the CPU.
         probe: (P,), or None if the solver had nothing to spare.
         next_value: Ritz value that follows; 0 where there is none.
+        next_residual: its residual.
         kind: how it was found.
         converged: every residual met the tolerance; an image is not tested and counts as converged.
         reason: in words.
@@ -114,6 +118,7 @@ class Solution:
     residuals: Tensor
     probe: Tensor | None
     next_value: float
+    next_residual: float
     kind: Kind
     converged: bool
     reason: str
@@ -211,6 +216,7 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
         residuals=residuals,
         probe=result.extra_eigenvectors[:, 0] if found else None,
         next_value=float(result.extra_eigenvalues[0]) if found else 0.0,
+        next_residual=float(result.extra_residual_norms[0]) if found else 0.0,
         kind="cold" if start is None else "krylov",
         converged=result.converged or (start is not None and met),
         reason=result.reason,
@@ -232,7 +238,7 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * _IMAGE_GAP <= 1
     if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:
         start = image.rows if image.positive else rows
-        after = Cached(rows, values[:k], cached.probe, float(values[k]))
+        after = Cached(rows, values[:k], cached.probe, float(values[k]), 0.0)
         return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), _warm_tolerance(plan, after))
     return Solution(
         rows=image.rows[:k],
@@ -240,6 +246,7 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
         residuals=image.residual_norms[:k],
         probe=image.probe,
         next_value=float(values[k]),
+        next_residual=float(image.residual_norms[k]),
         kind="image",
         converged=True,
         reason=f"one block power step of {k + 1} products",
