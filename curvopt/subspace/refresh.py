@@ -24,7 +24,9 @@ class RefreshState:
         interval: the period that ``Auto`` aims at, in steps.
         overlap: ``||V_new^T V_old||_F^2 / k`` of the last two bases; NaN before the second refresh.
         cost_ratio: seconds of one product over seconds of one training step; NaN until measured.
-        planned_matvecs: products that the next refresh may spend.
+        planned_matvecs: products that the next refresh may spend at most.
+        later_matvecs: products spent since the first refresh.
+        later_steps: steps taken since the first refresh.
         failed: the last attempt failed, so the basis in use is older than planned.
     """
 
@@ -35,6 +37,8 @@ class RefreshState:
     overlap: float = math.nan
     cost_ratio: float = math.nan
     planned_matvecs: int = 0
+    later_matvecs: int = 0
+    later_steps: int = 0
     failed: bool = False
 
 
@@ -81,8 +85,10 @@ class Auto:
     """Refresh when the basis is stale, within a budget.
 
     The period doubles when two successive bases overlap by .98 or more and halves below .90: staleness is measured,
-    not guessed. It is never shorter than the budget allows: ``planned_matvecs * cost_ratio <= overhead * period``,
-    so that after the first refresh (which always happens) refreshes take at most the share ``overhead`` of the time.
+    not guessed. The budget is a ledger of counts: after the first refresh, which always happens, a further one is
+    taken only if ``(later_matvecs + planned_matvecs) * cost_ratio <= overhead * later_steps`` holds with it, the
+    dearest way it can go counted in. So refreshes never take more than the share ``overhead`` of the time of the
+    steps, and what one refresh did not use is there for the next.
 
     Args:
         overhead: allowed share of the training time, above 0.
@@ -90,17 +96,16 @@ class Auto:
 
     overhead: float = 0.1
 
-    def shortest(self, state: RefreshState) -> float:
-        """Shortest period in steps that the budget allows; infinite until the cost ratio is measured."""
-        if math.isnan(state.cost_ratio):
-            return math.inf
-        return max(1.0, math.ceil(state.planned_matvecs * state.cost_ratio / self.overhead))
+    def affordable(self, state: RefreshState) -> bool:
+        """Whether the budget covers one more refresh; never before the cost ratio is measured."""
+        cost = (state.later_matvecs + state.planned_matvecs) * state.cost_ratio
+        return cost <= self.overhead * state.later_steps  # False where the ratio is NaN
 
     def decide(self, state: RefreshState) -> Decision:
         """Refine when the period is over and the budget allows it."""
         if state.refreshes == 0:
             return "recompute"
-        return "refine" if state.age >= max(state.interval, self.shortest(state)) else "keep"
+        return "refine" if state.age >= state.interval and self.affordable(state) else "keep"
 
     def observe(self, state: RefreshState) -> None:
         """Lengthen or shorten the period by the overlap of the last two bases."""
