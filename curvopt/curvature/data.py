@@ -171,9 +171,7 @@ class DataSource:
         if data is None:
             raise TypeError(f"data is None; give {FORMS}")
         if isinstance(data, Dataset):
-            raise TypeError(
-                f"data is a bare {type(data).__name__}, which yields single examples: wrap it in a DataLoader"
-            )
+            raise TypeError(f"data is a bare {type(data).__name__}, which yields single examples: use a DataLoader")
         if isinstance(data, Iterator):
             raise TypeError(f"data is an iterator ({type(data).__name__}), which can be read only once; give {FORMS}")
         if isinstance(data, list) and not data:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -156,28 +155,22 @@ class GraphCache:
             tuple(p.data_ptr() for p in leaves),
         )
 
-    @contextmanager
-    def _fresh(self) -> Iterator[bool]:
-        here = self._here()
-        fresh = here != self._point
-        if fresh:
-            self.clear()
-        yield fresh
-        self._point = here
-
     def each(self) -> Iterator[GradientGraph]:
         """The graph of every batch: kept ones as they are, others built, and kept while the budget lasts."""
-        with self._fresh():
-            batches = self.problem.batches
-            for position, batch in enumerate(batches):
-                graph = self._graphs.get(position)
-                if graph is None:
-                    graph, size = self._build(batch)
-                    if position == 0 or self._bytes + size <= self.budget:
-                        self._graphs[position] = graph
-                        self._bytes += size
-                yield graph
-                del graph
+        here = self._here()
+        if here != self._point:
+            self.clear()
+            self._point = here
+        self.problem._warn_of_batch_statistics()
+        for position, batch in enumerate(self.problem.batches):
+            graph = self._graphs.get(position)
+            if graph is None:
+                graph, size = self._build(batch)
+                if position == 0 or self._bytes + size <= self.budget:
+                    self._graphs[position] = graph
+                    self._bytes += size
+            yield graph
+            del graph
 
     def _build(self, batch: Batch) -> tuple[GradientGraph, int]:
         def build() -> GradientGraph:

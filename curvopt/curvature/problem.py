@@ -317,6 +317,7 @@ class Problem:
         return self.loss_and_gradient()[1]
 
     def _warn_of_batch_statistics(self) -> None:
+        """Warn once where several batches go through BatchNorm in training mode."""
         if self._warned or len(self.batches) < 2:
             return
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -10,9 +10,9 @@ What a forward or backward pass may move, and how each is kept still:
 - **Training flags**: saved for each module apart. ``.grad``: never used, because gradients come from ``autograd.grad``.
 - **Gradient hooks** of parameters and full backward hooks of modules: suspended, since they would fire in passes that
   are not the user's. Forward hooks are part of the model and do run.
-- **Kernels without a second derivative**: fused attention is replaced by the maths kernel, cuDNN's recurrent layers by
-  the native ones, weight normalisation by its formula, compiled code by eager code. Autocast is off: second derivatives of half-precision passes are
-  unsymmetric to 1e-4.
+- **Kernels without a right second derivative**: fused attention is replaced by the maths kernel, cuDNN's recurrent
+  layers by the native ones, weight normalisation by its formula, compiled code by eager code. Autocast is off: second
+  derivatives of half-precision passes are unsymmetric to 1e-4.
 """
 
 from __future__ import annotations
