@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Dominant = float | str | Callable[[Tensor, Tensor], Tensor]
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _as_rows(block: Tensor, like: Tensor) -> Tensor:
@@ -22,12 +23,16 @@ def _as_rows(block: Tensor, like: Tensor) -> Tensor:
 def coefficients(
     basis: Sequence[Tensor], update: Sequence[Tensor | None], scales: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """``V^T u`` (k,), or ``Q^T D^{1/2} u`` where ``scales`` holds ``D^{1/2}``; stays on the device."""
+    """``V^T u`` (k,), or ``Q^T D^{1/2} u`` where ``scales`` holds ``D^{1/2}``; stays on the device.
+
+    Half-precision updates are summed in float32.
+    """
     total: Tensor | None = None
     for i, (block, u) in enumerate(zip(basis, update, strict=True)):
         if u is None:
             continue
         flat = (u if scales is None else u * scales[i]).reshape(-1)
+        flat = flat.float() if flat.dtype in _HALF else flat
         part = torch.mv(_as_rows(block, flat), flat)
         total = part if total is None else total + part
     if total is None:
@@ -61,6 +66,22 @@ def dominant_share(basis: Sequence[Tensor], update: Sequence[Tensor | None]) -> 
     return torch.where(norm > 0, inside / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
 
 
+def momentum_border(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """Largest stable ``lr * eigenvalue`` of torch.optim.SGD's rule on a quadratic with full-batch gradients.
+
+    2 for plain SGD, ``2 (1 + beta) / (1 - dampening)`` for heavy-ball and ``2 (1 + beta) / (1 + 2 beta)`` for Nesterov
+    momentum: where the step's 2 x 2 matrix gets the eigenvalue -1.
+    """
+    if nesterov:
+        return 2.0 * (1.0 + momentum) / (1.0 + 2.0 * momentum)
+    return 2.0 * (1.0 + momentum) / (1.0 - dampening) if momentum else 2.0
+
+
+def averaged_border(beta: float) -> float:
+    """Largest stable ``lr * eigenvalue`` in Adam's own metric, where momentum is an average: 38 for beta = .9."""
+    return (2.0 + 2.0 * beta) / (1.0 - beta)
+
+
 def newton(eigenvalues: Tensor, lr: Tensor, damping: float) -> Tensor:
     """``a_i = 1 / (eta_i (|lambda_i| + rho))``, rho = damping * lambda_1: a damped Newton step along each v_i."""
     rho = damping * eigenvalues.abs().max()
@@ -82,9 +103,12 @@ def path_coefficients(path: str, alpha: float) -> tuple[float, float]:
     Raises:
         ValueError: an unknown path, or alpha outside its range.
     """
-    low, high = {"convex": (0.0, 1.0), "centered": (0.0, 1.0), "damped": (0.0, 1.0), "amplified": (1.0, float("inf"))}.get(
-        path, (float("nan"), float("nan"))
-    )
+    low, high = {
+        "convex": (0.0, 1.0),
+        "centered": (0.0, 1.0),
+        "damped": (0.0, 1.0),
+        "amplified": (1.0, float("inf")),
+    }.get(path, (float("nan"), float("nan")))
     if low != low:
         raise ValueError(f"path must be 'convex', 'centered', 'damped' or 'amplified', got {path!r}")
     if not low <= alpha <= high:

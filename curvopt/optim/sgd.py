@@ -23,8 +23,8 @@ Closure = Callable[[], Any]
 
 
 def _border(group: dict[str, Any]) -> float:
-    """Largest stable lr * eigenvalue: 2 for SGD, 2 (1 + momentum) with heavy-ball momentum on the full batch."""
-    return 2.0 * (1.0 + float(group["momentum"]))
+    """Largest stable lr * eigenvalue of a group's own rule, on the full batch."""
+    return rules.momentum_border(float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]))
 
 
 @dataclass

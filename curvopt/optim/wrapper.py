@@ -90,10 +90,10 @@ class SubspaceScaled(Optimizer):
 
     @staticmethod
     def _border(group: dict[str, Any]) -> float:
-        if "betas" in group:  # averaged momentum: (2 + 2 beta) / ((1 - beta) lr), 38/lr at .9
-            beta = float(group["betas"][0])
-            return (2.0 + 2.0 * beta) / (1.0 - beta)
-        return 2.0 * (1.0 + float(group.get("momentum", 0.0)))
+        if "betas" in group:
+            return rules.averaged_border(float(group["betas"][0]))
+        momentum, dampening = float(group.get("momentum", 0.0)), float(group.get("dampening", 0.0))
+        return rules.momentum_border(momentum, dampening, bool(group.get("nesterov", False)))
 
     # ---- the base's, seen through
     @property
