@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from .prepare import standardize
 from .store import Place, find
 
 __all__ = ["load", "load_chars", "load_images", "load_sentences"]
+
+Kind = TypeVar("Kind", bound=Dataset)
 
 _DIGITS_TEST = 360  # of 1,797, a fifth
 _SST_SENTENCES = 6_920  # training rows of the headerless layout: full sentences only
@@ -69,22 +72,22 @@ def load(
         raise DataFormatError(f"{error}. Fetch it again: python -m benchmarks fetch {spec.name}") from error
 
 
-def load_images(name: str, **options: object) -> ImageData:
+def load_images(name: str, **options: Any) -> ImageData:
     """`load` for a set of images; another set is an error."""
-    return _typed(name, load(name, **options), ImageData)  # type: ignore[arg-type]
+    return _typed(name, load(name, **options), ImageData)
 
 
-def load_sentences(name: str, **options: object) -> SentenceData:
+def load_sentences(name: str, **options: Any) -> SentenceData:
     """`load` for a set of sentences; another set is an error."""
-    return _typed(name, load(name, **options), SentenceData)  # type: ignore[arg-type]
+    return _typed(name, load(name, **options), SentenceData)
 
 
-def load_chars(name: str, **options: object) -> CharData:
+def load_chars(name: str, **options: Any) -> CharData:
     """`load` for a text of characters; another set is an error."""
-    return _typed(name, load(name, **options), CharData)  # type: ignore[arg-type]
+    return _typed(name, load(name, **options), CharData)
 
 
-def _typed(name: str, data: Dataset, kind: type) -> object:
+def _typed(name: str, data: Dataset, kind: type[Kind]) -> Kind:
     if not isinstance(data, kind):
         raise DataError(f"{name} is {type(data).__name__}, not {kind.__name__}")
     return data
