@@ -1,11 +1,12 @@
 """Update rules as functions of tensors: no state, no optimizer, no model.
 
-A basis is a list of blocks, one a parameter, of shape (k, \\*p.shape); taken together the k rows are orthonormal.
+A basis is a list of blocks, one a parameter, of shape (k, ``p.shape``); taken together the k rows are orthonormal.
 An update is a list of tensors shaped like the parameters; ``None`` stands for a parameter that does not take part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 Dominant = float | str | Callable[[Tensor, Tensor], Tensor]
 _HALF = (torch.float16, torch.bfloat16)
+_ALPHA_RANGES = {"convex": (0.0, 1.0), "centered": (0.0, 1.0), "damped": (0.0, 1.0), "amplified": (1.0, math.inf)}
 
 
 def _as_rows(block: Tensor, like: Tensor) -> Tensor:
@@ -74,7 +76,9 @@ def momentum_border(momentum: float, dampening: float = 0.0, nesterov: bool = Fa
     """
     if nesterov:
         return 2.0 * (1.0 + momentum) / (1.0 + 2.0 * momentum)
-    return 2.0 * (1.0 + momentum) / (1.0 - dampening) if momentum else 2.0
+    if not momentum:
+        return 2.0  # torch ignores dampening without momentum
+    return 2.0 * (1.0 + momentum) / (1.0 - dampening) if dampening < 1.0 else math.inf
 
 
 def averaged_border(beta: float) -> float:
@@ -103,19 +107,13 @@ def path_coefficients(path: str, alpha: float) -> tuple[float, float]:
     Raises:
         ValueError: an unknown path, or alpha outside its range.
     """
-    low, high = {
-        "convex": (0.0, 1.0),
-        "centered": (0.0, 1.0),
-        "damped": (0.0, 1.0),
-        "amplified": (1.0, float("inf")),
-    }.get(path, (float("nan"), float("nan")))
-    if low != low:
-        raise ValueError(f"path must be 'convex', 'centered', 'damped' or 'amplified', got {path!r}")
-    if not low <= alpha <= high:
+    if path not in _ALPHA_RANGES:
+        raise ValueError(f"path must be one of {', '.join(map(repr, _ALPHA_RANGES))}, got {path!r}")
+    low, high = _ALPHA_RANGES[path]
+    if not low <= alpha <= high or math.isinf(alpha):
         raise ValueError(f"alpha must lie in [{low:g}, {high:g}] for path={path!r}, got {alpha}")
-    return {
-        "convex": (1.0 - alpha, alpha),
-        "centered": (min(1.0, 2.0 - 2.0 * alpha), min(1.0, 2.0 * alpha)),
-        "damped": (alpha, 1.0),
-        "amplified": (1.0, alpha),
-    }[path]
+    if path == "convex":
+        return 1.0 - alpha, alpha
+    if path == "centered":
+        return min(1.0, 2.0 - 2.0 * alpha), min(1.0, 2.0 * alpha)
+    return (alpha, 1.0) if path == "damped" else (1.0, alpha)
