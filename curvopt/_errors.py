@@ -55,3 +55,7 @@ class CurvatureModeWarning(CurvoptWarning):
 
 class OverheadWarning(CurvoptWarning):
     """The projection alone costs more than the overhead that was allowed."""
+
+
+class LearningRateWarning(CurvoptWarning):
+    """Every learning rate is 0 while a rule needs one: the basis is kept and the rule skipped."""

@@ -47,6 +47,10 @@ class StepClock:
         if len(self._projections) < _TIMED_STEPS:
             self._projections.append(seconds)
 
+    def interrupt(self) -> None:
+        """Don't take the time until the next step's end for a step."""
+        self._last_end = None
+
     def end_step(self, cost_ratio: float, overhead: float | None) -> float:
         """Close a step.
 

@@ -87,6 +87,8 @@ class SubspaceConfig:
             raise ValueError(f"rank must be at least 0, got {self.rank}")
 
     def _check_coefficients(self) -> None:
+        if self.rank == 0 and self.bulk == 0:
+            raise ValueError("rank=0 with bulk=0 leaves no direction to move in: give rank >= 1, or bulk above 0")
         if isinstance(self.dominant, str):
             _one_of("dominant", self.dominant, ("newton", "edge"))
         elif not callable(self.dominant):
@@ -113,8 +115,11 @@ class SubspaceConfig:
             a = torch.as_tensor(self.dominant(eigenvalues, lr), dtype=torch.float64)
             if a.shape not in (torch.Size([]), eigenvalues.shape):
                 raise ValueError(
-                    f"dominant(eigenvalues, lr) must return a number or shape {tuple(eigenvalues.shape)}, got {tuple(a.shape)}"
+                    f"dominant(eigenvalues, lr) must return a number or shape {tuple(eigenvalues.shape)}, "
+                    f"got {tuple(a.shape)}"
                 )
+            if not torch.isfinite(a).all():
+                raise ValueError(f"dominant(eigenvalues, lr) returned {a.tolist()}: its numbers must be finite")
             return a.expand(eigenvalues.shape)
         return torch.full_like(eigenvalues, float(self.dominant))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -12,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt._errors import CurvoptError, RefreshWarning
+from curvopt._errors import LearningRateWarning, RefreshWarning
 from curvopt._params import ParameterLayout
-from curvopt.curvature.closure import ClosureHessian
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.optim import rules
-from curvopt.optim.build import make_subspace, resolve_operator
+from curvopt.optim.build import make_subspace
 from curvopt.optim.clock import StepClock
 from curvopt.optim.coefficients import Coefficients
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.guards import RefusalCount, all_finite
+from curvopt.optim.saving import export
+from curvopt.optim.source import CurvatureSource
 from curvopt.subspace.history import update_history_basis
 from curvopt.subspace.refresh import Auto, Every, RefreshPolicy, RefreshState, policy
 
@@ -30,7 +30,6 @@ Group = dict[str, Any]
 
 _ALIGNMENT_MEMORY = 0.9
 _METRIC_WARM_UP = 10
-_SAVED = "curvopt_"
 
 
 class SubspaceEngine:
@@ -61,51 +60,37 @@ class SubspaceEngine:
     ) -> None:
         self.groups = groups
         self.config = config
-        self.curvature_closure = curvature_closure
         self.metric_root = metric_root
-        self.from_closure = isinstance(curvature, str) and curvature == "closure"
         params = [p for g in groups() for p in g["params"]]
-        self.operator = resolve_operator(curvature, config, params, curvature_closure)
-        self.subspace = make_subspace(self.operator, config, params)
+        self.source = CurvatureSource(curvature, config, params, curvature_closure)
+        self.subspace = make_subspace(self.source.operator, config, params)
         self.coefficients = None if self.subspace is None else Coefficients(groups, self.subspace, config, border)
         self.policy: RefreshPolicy = policy(config.refresh_every, config.overhead)
-        self.state = RefreshState(cost_ratio=math.nan if config.costs is None else float(config.costs))
-        self.started = config.start != "aligned"
-        self.alignment = math.nan
         self.refusals = RefusalCount()
         self.clock = StepClock()
+        self._warned_of_lr = False
         self.history: list[Tensor] | None = None
         self.history_filled = 0
+        self.started = False
+        self.alignment = math.nan
+        self.forget()
         if config.source == "history" and self.subspace is not None:
             self.history = [torch.zeros_like(b) for b in self.subspace.blocks]
             if isinstance(self.policy, Auto):
                 self.policy = Every(self.subspace.rank)
+        self.export()
 
     def attach(self, operator: SymmetricOperator) -> None:
         """Put an operator in the place of a dropped or an old one; it must be over the same parameters.
 
         Raises:
-            ValueError: its parameters are not the subspace's.
+            ValueError: its parameters are not the subspace's, or there is nothing that would use it.
+            TypeError: it is no operator.
         """
         if self.subspace is None or self.history is not None:
-            raise ValueError("rank=0 or source='history' uses no operator")
-        layout = operator.layout
-        if layout is None or [id(p) for p in layout.params] != [id(p) for p in self.subspace.parameters.params]:
-            raise ValueError("the new operator must be over the same parameters, in the same order, as the basis")
-        self.operator = operator
+            raise ValueError("rank=0 and source='history' use no operator")
+        self.source.attach(operator, self.subspace.parameters)
         self.subspace.attach(operator)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without operator and closures: they hold the model and the data."""
-        return {**self.__dict__, "operator": None, "curvature_closure": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceEngine:
-        """Copy with the operator, which is then tied to the copied model when both are copied together."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        for key, value in self.__dict__.items():
-            setattr(twin, key, copy.deepcopy(value, memo))
-        return twin
 
     # ---- what the optimizers ask
     @property
@@ -123,29 +108,57 @@ class SubspaceEngine:
         assert self.subspace is not None
         return [tensors.get(id(p)) for p in self.subspace.parameters.params]
 
+    def names(self) -> dict[int, str]:
+        """Names of the parameters by ``id``, where a group or the operator has them."""
+        out = {} if self.layout is None else dict(zip(map(id, self.layout.params), self.layout.names, strict=True))
+        for g in self.groups():
+            out.update(zip(map(id, g["params"]), g.get("param_names", ()), strict=False))
+        return out
+
     # ---- refreshing
     def before_step(self, closure: Closure | None) -> None:
         """Refresh the basis at the weights before the step, if the policy says so."""
         if self.subspace is None or self.history is not None:
             return
-        if not any(float(g["lr"]) for g in self.groups()):
+        if self.at_rest:
+            self._warn_of_lr()
             return  # a scheduler at lr 0, or a checkpointing library that builds empty state: nothing may happen
         wait = self.config.start if isinstance(self.config.start, int) else 0
         if self.config.metric == "preconditioner":
             wait = max(wait, _METRIC_WARM_UP)
         if self.state.step < wait:
             return
-        self.state.planned_matvecs = self.subspace.planned_matvecs if self.subspace.ready else 0
+        s = self.subspace
+        self.state.planned_matvecs = s.planned_matvecs if s.ready else 0
+        self.state.later_matvecs, self.state.later_steps = s.later_matvecs, s.later_steps
         decision = self.policy.decide(self.state)
         if decision == "keep":
             return
-        if self.from_closure and self.curvature_closure is None and closure is None:
-            raise ValueError(
-                "curvature='closure' needs step(closure), a function that clears the gradients, computes the loss, "
-                "calls backward() and returns the loss; or give curvature_closure="
-            )
         self.refresh(closure, cold=decision == "recompute")
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether every learning rate is 0, so that a step moves nothing."""
+        return not any(float(g["lr"]) for g in self.groups())
+
+    def _warn_of_lr(self) -> None:
+        c = self.config
+        if (
+            self._warned_of_lr
+            or not (c.by_eigenvalue or c.rank == "edge")
+            or not (self.subspace and self.subspace.ready)
+        ):
+            return
+        self._warned_of_lr = True
+        rule = "rank='edge'" if c.rank == "edge" else f"dominant={c.dominant!r}"
+        warnings.warn(
+            f"lr is 0 in every group, and {rule} divides by it: the basis is kept and the rule skipped until lr is "
+            "above 0 again. Give the scheduler a floor (eta_min=, min_lr=) if training is to go on",
+            LearningRateWarning,
+            stacklevel=5,
+        )
+
+    @torch.no_grad()
     def refresh(self, closure: Closure | None = None, *, cold: bool = False) -> None:
         """Refresh now. A failure keeps the basis and warns; without any basis yet it raises."""
         if self.subspace is None:
@@ -154,20 +167,24 @@ class SubspaceEngine:
             self._refresh_from_history()
             return
         assert self.coefficients is not None
+        self.settle_refusals()
         began = time.perf_counter()
         spent = self.subspace.matvecs
-        self.settle_refusals()
+        operator = self.source.now(closure, self.subspace.parameters)
+        params = [p for g in self.groups() for p in g["params"]]
         try:
-            self.subspace.operator = self._operator_now(closure)
-            self.subspace.refresh(cold=cold, cutoff=self.coefficients.cutoff if self.subspace.adaptive else None)
-        except (CurvoptError, RuntimeError, ValueError, TypeError, OSError, StopIteration) as error:
+            self.subspace.operator = self._in_metric(operator)
+            with self.source.gradients_aside(params, self.subspace.parameters):
+                self.subspace.refresh(cold=cold, cutoff=self.coefficients.cutoff if self.subspace.adaptive else None)
+        except Exception as error:  # data that raise may raise anything
             if not self.subspace.ready:
                 raise
             self.state.age, self.state.failed = 0, True
             warnings.warn(
-                f"a refresh failed and the basis of {self.subspace.age} steps ago stays in use: {error}",
+                f"a refresh failed and the basis of {self.subspace.age} steps ago stays in use: "
+                f"{type(error).__name__}: {error}",
                 RefreshWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         finally:
@@ -179,22 +196,15 @@ class SubspaceEngine:
             self.policy.observe(self.state)
         self.export()
 
-    def _operator_now(self, closure: Closure | None) -> SymmetricOperator:
-        if self.operator is None:
-            raise ValueError("no curvature operator is attached (pickling drops it): set optimizer.curvature to one")
-        if isinstance(self.operator, ClosureHessian) and self.from_closure:
-            chosen = self.curvature_closure if self.curvature_closure is not None else closure
-            if chosen is None:
-                raise ValueError("curvature='closure': refresh(closure) needs the closure")
-            self.operator.closure = chosen
+    def _in_metric(self, operator: SymmetricOperator) -> SymmetricOperator:
         if self.config.metric != "preconditioner":
-            return self.operator
+            return operator
         assert self.metric_root is not None and self.layout is not None
         roots = self.metric_root(self.layout)
         inverse = [
             torch.zeros_like(p) if r is None else r.reciprocal() for p, r in zip(self.layout.params, roots, strict=True)
         ]
-        return self.operator.congruence(self.layout.flatten(inverse))
+        return operator.congruence(self.layout.flatten(inverse))
 
     def _refresh_from_history(self) -> None:
         s = self.subspace
@@ -210,13 +220,16 @@ class SubspaceEngine:
         self.state.age, self.state.refreshes = 0, s.refreshes
         self.export()
 
-    def remember(self, displacement: Sequence[Tensor | None]) -> None:
-        """Keep a displacement of the base optimizer for ``source="history"``."""
+    def remember(self, displacement: Sequence[Tensor | None], finite: Tensor | None = None) -> None:
+        """Keep a displacement of the base optimizer for ``source="history"``; zeros where ``finite`` says no."""
         if self.history is None:
             return
         slot = self.history_filled % self.history[0].shape[0]
         for kept, u in zip(self.history, displacement, strict=True):
-            kept[slot].zero_() if u is None else kept[slot].copy_(u)
+            if u is None:
+                kept[slot].zero_()
+            else:
+                kept[slot].copy_(u if finite is None else torch.where(finite, u, 0.0))
         self.history_filled += 1
 
     # ---- splitting
@@ -274,8 +287,8 @@ class SubspaceEngine:
         self.refusals.refuse(self.state.refreshes)
 
     def count_on_device(self, finite: Tensor) -> None:
-        """Keep count of refused steps without a host read; ``settle_refusals`` reads it at the next refresh."""
-        self.refusals.count_on_device(finite)
+        """Keep count of refused steps without a host read; it is read with the next refresh or after 100 steps."""
+        self.refusals.count_on_device(finite, self.state.refreshes)
 
     def settle_refusals(self) -> None:
         """Read the device's count of refused steps; warn or raise as ``refuse`` does."""
@@ -297,7 +310,10 @@ class SubspaceEngine:
         self.started = self.alignment >= self.config.start_threshold or late
 
     def after_step(self) -> None:
-        """Count the step and, the first few times, time it."""
+        """Count the step and, the first few times, time it; a step at lr 0 moves nothing and does not count."""
+        if self.at_rest:
+            self.clock.interrupt()
+            return
         self.refusals.row = 0
         self.state.step += 1
         if self.subspace is None:
@@ -331,36 +347,16 @@ class SubspaceEngine:
     # ---- saving
     def export(self) -> None:
         """Write the small state into flat keys of every parameter group, where every trainer saves it."""
-        small: dict[str, Any] = {
-            "step": self.state.step,
-            "schedule_age": self.state.age,
-            "interval": self.state.interval,
-            "cost_ratio": self.state.cost_ratio,
-            "started": self.started,
-            "alignment": self.alignment,
-            "refused": self.refusals.row,
-            "history_filled": self.history_filled,
-        }
-        if self.subspace is not None:
-            small.update(self.subspace.scalars(), live=self.subspace.live)
-        for g in self.groups():
-            g.update({_SAVED + key: value for key, value in small.items()})
+        export(self)
 
-    def restore(self) -> None:
-        """Take the small state from the first parameter group; a checkpoint of another optimizer holds none."""
-        g = self.groups()[0]
-        saved = {key.removeprefix(_SAVED): value for key, value in g.items() if key.startswith(_SAVED)}
-        if "step" not in saved:
-            return
-        self.state.step, self.state.age = int(saved["step"]), int(saved["schedule_age"])
-        self.state.interval, self.state.cost_ratio = int(saved["interval"]), float(saved["cost_ratio"])
-        self.started, self.alignment = bool(saved["started"]), float(saved["alignment"])
-        self.refusals.row, self.history_filled = int(saved["refused"]), int(saved["history_filled"])
-        if self.coefficients is not None:
-            self.coefficients.forget()
-        if self.subspace is not None and "eigenvalues" in saved:
-            self.subspace.load_scalars(saved)
-            self.state.refreshes, self.state.overlap = self.subspace.refreshes, self.subspace.overlap
+    def forget(self) -> None:
+        """Count from zero again: a checkpoint of another optimizer says nothing about ours."""
+        self.state = self._new_state()
+        self.started, self.alignment = self.config.start != "aligned", math.nan
+        self.refusals.row, self.history_filled = 0, 0
+
+    def _new_state(self) -> RefreshState:
+        return RefreshState(cost_ratio=math.nan if self.config.costs is None else float(self.config.costs))
 
 
 def _ones_if_none(root: Tensor | None, block: Tensor) -> Tensor:

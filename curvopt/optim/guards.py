@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,40 @@ from torch import Tensor
 from curvopt._errors import NonFiniteError, NonFiniteWarning
 
 _REFUSALS_ALLOWED = 4
+# The device's count is read with a refresh; a frozen basis, or none, has no refresh to wait for.
+_UNREAD_STEPS = 100
 
 
 def all_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Whether all gradients are finite, as a 0-d bool tensor on their device (one pass, no host read)."""
-    if not gradients:
+    filled = [g for g in gradients if g.numel()]
+    if not filled:
         return torch.ones((), dtype=torch.bool)
-    norms = torch._foreach_norm(list(gradients), float("inf"))
-    return torch.isfinite(torch.stack([n.float() for n in norms])).all()
+    norms = torch._foreach_norm(filled, float("inf"))
+    first = norms[0]
+    if any(n.dtype != first.dtype or n.device != first.device for n in norms):
+        norms = tuple(n.to(first.device, torch.float64) for n in norms)
+    return torch.isfinite(torch.stack(list(norms))).all()
+
+
+def refuse_sparse(params: Iterable[Tensor], names: Callable[[], dict[int, str]]) -> None:
+    """Raise for the first parameter with a sparse gradient.
+
+    Args:
+        params: with gradients.
+        names: returns names by ``id``, where they are known.
+
+    Raises:
+        RuntimeError: names the parameter and the way out.
+    """
+    for p in params:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            name = names().get(id(p))
+            which = f"of shape {tuple(p.shape)}" if name is None else repr(name)
+            raise RuntimeError(
+                f"parameter {which} has a sparse gradient, which this optimizer does not support: "
+                "build its layer with sparse=False, or give it to another optimizer"
+            )
 
 
 class RefusalCount:
@@ -32,6 +58,7 @@ class RefusalCount:
         self.row = 0
         self._warned_at = -1
         self._on_device: Tensor | None = None
+        self._unread = 0
 
     def refuse(self, refreshes: int) -> None:
         """Count a refused step.
@@ -56,20 +83,23 @@ class RefusalCount:
                 stacklevel=5,
             )
 
-    def count_on_device(self, finite: Tensor) -> None:
-        """Keep count without a host read; ``settle`` reads it."""
+    def count_on_device(self, finite: Tensor, refreshes: int) -> None:
+        """Keep count without a host read; ``settle`` reads it, at the latest after a hundred steps."""
         if self._on_device is None:
             self._on_device = torch.zeros(2, dtype=torch.int64, device=finite.device)
         bad = (~finite).to(torch.int64)
         total, row = self._on_device
         self._on_device = torch.stack([total + bad, (row + bad) * bad])
+        self._unread += 1
+        if self._unread >= _UNREAD_STEPS:
+            self.settle(refreshes)
 
     def settle(self, refreshes: int) -> None:
         """Read the device's count; warn or raise as ``refuse`` does."""
         if self._on_device is None:
             return
         total, row = self._on_device.tolist()
-        self._on_device = None
+        self._on_device, self._unread = None, 0
         if total:
             self.row = max(row - 1, 0)
             self.refuse(refreshes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,13 @@ from torch.optim.sgd import sgd
 from curvopt._errors import CurvatureError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.optim import rules
+from curvopt.optim.base import Closure, SubspaceOptimizer, describe
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.engine import SubspaceEngine
-from curvopt.optim.saving import blocks_of, check_saved, pair_saved, restore_blocks
-from curvopt.subspace import DominantSubspace
+from curvopt.optim.guards import refuse_sparse
+from curvopt.optim.saving import BLOCKS, blocks_of, check_saved, restore, restore_blocks
 
 Curvature = SymmetricOperator | str | None
-Closure = Callable[[], Any]
 
 
 def _border(group: dict[str, Any]) -> float:
@@ -37,7 +37,7 @@ class _Part:
     buffers: list[Tensor | None]
 
 
-class SubspaceSGD(torch.optim.SGD):
+class SubspaceSGD(SubspaceOptimizer, torch.optim.SGD):
     """SGD whose displacement u becomes ``dominant * P_k u + bulk * (I - P_k) u``.
 
     P_k projects onto the k leading eigenvectors of ``curvature`` at the weights before the step. Everything that
@@ -107,7 +107,7 @@ class SubspaceSGD(torch.optim.SGD):
     ) -> None:
         super().__init__(
             params,
-            lr,
+            lr if isinstance(lr, Tensor) else float(lr),  # a numpy scalar could not be loaded with weights_only=True
             momentum,
             dampening,
             weight_decay,
@@ -120,7 +120,10 @@ class SubspaceSGD(torch.optim.SGD):
         # GradScaler would hand found_inf to a fused step; ours refuses non-finite gradients itself.
         self._step_supports_amp_scaling = False
         if metric == "preconditioner":
-            raise ValueError("metric='preconditioner' needs a base optimizer with exp_avg_sq: SubspaceScaled(AdamW(...))")
+            raise ValueError(
+                "metric='preconditioner' needs exp_avg_sq in the base optimizer's state, which SGD has not: "
+                "use SubspaceScaled(torch.optim.AdamW(...), metric='preconditioner')"
+            )
         config = SubspaceConfig(
             rank=rank,
             dominant=dominant,
@@ -150,35 +153,20 @@ class SubspaceSGD(torch.optim.SGD):
     def _live_groups(self) -> list[dict[str, Any]]:
         return self.param_groups
 
-    # ---- the subspace
-    @property
-    def subspace(self) -> DominantSubspace | None:
-        """The live DominantSubspace; None at rank 0."""
-        return self._engine.subspace
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the new parameters take the base's update."""
+        super().add_param_group(param_group)
+        if "_engine" in self.__dict__:
+            self._engine.export()
 
-    @property
-    def curvature(self) -> SymmetricOperator | None:
-        """The operator behind the subspace; assign one after unpickling, which drops it."""
-        return self._engine.operator
-
-    @curvature.setter
-    def curvature(self, operator: SymmetricOperator) -> None:
-        self._engine.attach(operator)
-
-    def refresh(self, closure: Closure | None = None) -> None:
-        """Bring the basis up to date now; a failed refresh keeps the old one and warns.
-
-        Raises:
-            ValueError: rank is 0, or ``curvature="closure"`` and no closure is given.
-        """
-        self._engine.refresh(closure)
-
-    def stats(self) -> dict[str, float]:
-        """Products, refreshes, seconds and their share of the step time so far."""
-        return self._engine.stats()
+    def __repr__(self) -> str:
+        """As torch's, with the subspace's settings and without saved state."""
+        c = self._engine.config
+        settings = describe(self.param_groups, dominant=c.dominant, bulk=c.bulk, rank=c.rank)
+        return f"{type(self).__name__} ({settings}\n)"
 
     # ---- the step
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One step; a closure is called once (curvature from a closure calls it more often, at a refresh).
 
         Raises:
@@ -199,9 +187,7 @@ class SubspaceSGD(torch.optim.SGD):
         parts = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p.grad.is_sparse:
-                    raise RuntimeError("sparse gradients (Embedding(sparse=True)) are not supported; use dense ones")
+            refuse_sparse(params, self._engine.names)
             buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
             parts.append(_Part(group, params, [p.grad for p in params], buffers))
         return parts
@@ -211,29 +197,27 @@ class SubspaceSGD(torch.optim.SGD):
         self._allocate()
         parts = self._gather()
         finite = engine.check_finite([g for part in parts for g in part.grads])
-        deferred = engine.deferred(finite)  # off the CPU the step must not wait for the answer
+        # Off the CPU the step must not wait for the answer, save where a buffer is born: it can't be put back to None.
+        born = any(b is None for part in parts if part.group["momentum"] for b in part.buffers)
+        deferred = engine.deferred(finite) and not born
         if not deferred and not bool(finite):
             engine.refuse()
             return
         engine.before_step(closure)
         if engine.subspace is not None and not engine.started:
-            engine.align(engine.gather({id(p): g for part in parts for p, g in zip(part.params, part.grads, strict=True)}))
-        kept = [(p, p.clone()) for part in parts for p in part.params] if deferred else []
-        old_buffers = [None if b is None else b.clone() for part in parts for b in part.buffers] if deferred else []
-        self._move(parts)
+            engine.align(engine.gather(_gradients(parts)))
         if deferred:
-            engine.count_on_device(finite)
-            new_buffers = [b for part in parts for b in part.buffers]
-            kept += [
-                (new, torch.zeros_like(new) if old is None else old)
-                for new, old in zip(new_buffers, old_buffers, strict=True)
-                if new is not None
-            ]
-            for tensor, old in kept:
+            touched = [t for part in parts for t in (*part.params, *part.buffers) if t is not None]
+            kept = [t.detach().clone() for t in touched]
+            self._move(parts, finite)
+            for tensor, old in zip(touched, kept, strict=True):
                 tensor.copy_(torch.where(finite, tensor, old))
+            engine.count_on_device(finite)
+        else:
+            self._move(parts)
         engine.after_step()
 
-    def _move(self, parts: list[_Part]) -> None:
+    def _move(self, parts: list[_Part], finite: Tensor | None = None) -> None:
         engine, config = self._engine, self._engine.config
         plain = engine.config.bulk == 1.0 if engine.subspace is None else not engine.active
         if engine.active and config.project == "gradient":
@@ -246,7 +230,7 @@ class SubspaceSGD(torch.optim.SGD):
         moved: dict[int, Tensor] = {}
         for part in parts:
             displacement = self._displacement(part)
-            if isinstance(part.group["lr"], Tensor) or part.group["lr"] != 0:  # a group at lr 0 stays where it is
+            if float(part.group["lr"]):  # a group at lr 0 stays where it is
                 moved.update((id(p), u) for p, u in zip(part.params, displacement, strict=True))
         if engine.subspace is None:
             for part in parts:
@@ -255,7 +239,7 @@ class SubspaceSGD(torch.optim.SGD):
                         p.add_(moved[id(p)], alpha=config.bulk)
             return
         update = engine.gather(moved)
-        engine.remember(update)
+        engine.remember(update, finite)
         split = engine.active and config.project == "update"
         inside = {id(p) for p in engine.subspace.parameters.params} if split else set()
         for part in parts:
@@ -269,8 +253,7 @@ class SubspaceSGD(torch.optim.SGD):
     def _project_gradients(self, parts: list[_Part]) -> None:
         engine = self._engine
         assert engine.subspace is not None
-        own = {id(p): g for part in parts for p, g in zip(part.params, part.grads, strict=True)}
-        new = engine.projected(engine.gather(own))
+        new = engine.projected(engine.gather(_gradients(parts)))
         replaced = {id(p): g for p, g in zip(engine.subspace.parameters.params, new, strict=True) if g is not None}
         for part in parts:
             part.grads = [replaced.get(id(p), g) for p, g in zip(part.params, part.grads, strict=True)]
@@ -327,19 +310,37 @@ class SubspaceSGD(torch.optim.SGD):
         Raises:
             ValueError: a saved basis has another shape; the parameter is named and nothing is loaded.
         """
-        index = {id(p): i for i, p in pair_saved(state_dict["param_groups"], self.param_groups)}
-        check_saved(self._engine, state_dict["state"], index, "")
-        super().load_state_dict(state_dict)
-        restore_blocks(self._engine, state_dict["state"], index, "")
-        for p, entry in blocks_of(self._engine):
-            if p in self.state:
-                self.state[p].update(entry)
-        self._engine.restore()
+        found: list[dict[str, Any]] = []
+
+        def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            check_saved(self._engine, given, "")
+            found.append(given)
+
+        def put_back(_: torch.optim.Optimizer) -> None:
+            restore_blocks(self._engine, found[0], "")
+            for p in self.state:
+                if isinstance(p, Tensor):  # a rank of 0 has no use for a saved basis
+                    self.state[p] = {key: value for key, value in self.state[p].items() if key not in BLOCKS}
+            restore(self._engine)
+            self._allocate()
+
+        # As hooks, between the user's: they change what is loaded before, and see what was loaded after.
+        before = self.register_load_state_dict_pre_hook(look)
+        after = self.register_load_state_dict_post_hook(put_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; pickling drops the operator, see ``curvature``."""
         self._engine.export()
         return {**super().__getstate__(), "_engine": self._engine, "_step_supports_amp_scaling": False}
+
+
+def _gradients(parts: list[_Part]) -> dict[int, Tensor]:
+    return {id(p): g for part in parts for p, g in zip(part.params, part.grads, strict=True)}
 
 
 class BulkSGD(SubspaceSGD):
@@ -425,7 +426,10 @@ class GGNProjectedSGD(SubspaceSGD):
         **kwargs: Any,
     ) -> None:
         if isinstance(curvature, str):
-            raise ValueError("GGNProjectedSGD needs outputs and loss apart, which a closure hides: give curvature=curvopt.GGN(...)")
+            raise ValueError(
+                f"GGNProjectedSGD needs outputs and loss apart, which curvature={curvature!r} hides: "
+                "give curvature=curvopt.GGN(model, loss_fn, data)"
+            )
         convert = getattr(curvature, "ggn", None)
         super().__init__(
             params,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import difflib
 from typing import Any
 
 import torch
@@ -13,20 +14,18 @@ from curvopt._errors import CurvatureError
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.optim import rules
+from curvopt.optim.base import Closure, SubspaceOptimizer, describe
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.engine import SubspaceEngine
-from curvopt.optim.saving import blocks_of, check_saved, pair_saved, restore_blocks
-from curvopt.subspace import DominantSubspace
-
-Closure = Callable[[], Any]
-_PREFIX = "curvopt_"
+from curvopt.optim.guards import refuse_sparse
+from curvopt.optim.saving import SAVED, blocks_of, check_saved, restore, restore_blocks, saved_index
 
 
 class _Refused(Exception):
     """The gradients that a closure left behind are not finite: the base must not see them."""
 
 
-class SubspaceScaled(Optimizer):
+class SubspaceScaled(SubspaceOptimizer, Optimizer):
     """Split the displacement u of any base optimizer: ``u' = dominant * P_k u + bulk * (I - P_k) u``.
 
     The base takes its whole step first, with raw gradients in its buffers; then its displacement over all groups
@@ -44,7 +43,7 @@ class SubspaceScaled(Optimizer):
     The other keyword arguments are those of ``SubspaceSGD``.
 
     Raises:
-        TypeError: ``base`` is no torch optimizer.
+        TypeError: ``base`` is no torch optimizer, or splits its own updates; an option is unknown.
         ValueError: an argument is out of range; the text names it.
     """
 
@@ -63,6 +62,9 @@ class SubspaceScaled(Optimizer):
         # No super().__init__: it would make groups and state of its own, which part ways with the base's.
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        if isinstance(base, SubspaceOptimizer):
+            raise TypeError(f"base is a {type(base).__name__}, which splits its updates itself; wrap a plain optimizer")
+        _check_names_of(options)
         self.base = base
         self.__setstate__({"defaults": base.defaults})
         self.check_finite = check_finite
@@ -97,7 +99,7 @@ class SubspaceScaled(Optimizer):
 
     # ---- the base's, seen through
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's own list."""
         return self.base.param_groups
 
@@ -106,7 +108,7 @@ class SubspaceScaled(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's own state; the basis is kept apart until it is saved."""
         return self.base.state
 
@@ -117,38 +119,17 @@ class SubspaceScaled(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its parameters take the base's update."""
         self.base.add_param_group(param_group)
+        self._engine.export()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base does."""
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
-        """The split, then the base."""
+        """As torch's, with the base's name and the subspace's settings, without saved state."""
         c = self._engine.config
-        return f"SubspaceScaled(dominant={c.dominant}, bulk={c.bulk}, rank={c.rank}, base={self.base!r})"
-
-    # ---- the subspace
-    @property
-    def subspace(self) -> DominantSubspace | None:
-        """The live DominantSubspace; None at rank 0."""
-        return self._engine.subspace
-
-    @property
-    def curvature(self) -> SymmetricOperator | None:
-        """The operator behind the subspace; assign one after unpickling, which drops it."""
-        return self._engine.operator
-
-    @curvature.setter
-    def curvature(self, operator: SymmetricOperator) -> None:
-        self._engine.attach(operator)
-
-    def refresh(self, closure: Closure | None = None) -> None:
-        """Bring the basis up to date now; a failed refresh keeps the old one and warns."""
-        self._engine.refresh(closure)
-
-    def stats(self) -> dict[str, float]:
-        """Products, refreshes, seconds and their share of the step time so far."""
-        return self._engine.stats()
+        settings = describe(self.base.param_groups, dominant=c.dominant, bulk=c.bulk, rank=c.rank)
+        return f"SubspaceScaled ({type(self.base).__name__}, {settings}\n)"
 
     def _metric_root(self, layout: ParameterLayout) -> list[Tensor | None]:
         """``D^{1/2}`` per parameter, D = sqrt(v_hat) + eps; None for a parameter without state yet."""
@@ -171,12 +152,13 @@ class SubspaceScaled(Optimizer):
         return roots
 
     # ---- the step
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One step of the base, then the split; the closure is called as often as the base calls it.
 
         Raises:
             NonFiniteError: the fifth step in a row with NaN or Inf gradients.
             ValueError: a refresh is due, ``curvature="closure"``, and there is no closure.
+            RuntimeError: the base never called the closure, so it moved without a split; a sparse gradient.
         """
         if torch.is_inference_mode_enabled():
             raise CurvatureError("step() ran inside torch.inference_mode(), where curvature can't be computed")
@@ -199,6 +181,11 @@ class SubspaceScaled(Optimizer):
             return watch.loss
         finally:
             watch.restore()
+        if not watch.looked:
+            raise RuntimeError(
+                f"{type(self.base).__name__} did not call the closure given to step(), so its step could not be split; "
+                "call the closure yourself and then step() without one"
+            )
         if moved:
             self._split(moved, old, watch.present)
         engine.after_step()
@@ -245,9 +232,6 @@ class SubspaceScaled(Optimizer):
                 u.mul_(1.0 - decay).add_(p, alpha=decay)  # u + lr wd (p - u), p - u being the weights before
 
     # ---- saving
-    def _index(self, saved_groups: list[dict[str, Any]]) -> dict[int, Any]:
-        return {id(p): i for i, p in pair_saved(saved_groups, self.base.param_groups)}
-
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the basis merged in per parameter and small data in flat keys of the groups."""
         self._engine.export()
@@ -255,10 +239,10 @@ class SubspaceScaled(Optimizer):
             pre_hook(self)
         whole = dict(self.base.state_dict())
         state = dict(whole["state"])
-        index = self._index(whole["param_groups"])
+        index = saved_index(whole, self.base.param_groups)
         for p, entry in blocks_of(self._engine):
             i = index[id(p)]
-            state[i] = {**state.get(i, {}), **{_PREFIX + key: block for key, block in entry.items()}}
+            state[i] = {**state.get(i, {}), **{SAVED + key: block for key, block in entry.items()}}
         whole["state"] = state
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, whole)
@@ -274,16 +258,15 @@ class SubspaceScaled(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        index = self._index(state_dict["param_groups"])
-        check_saved(self._engine, state_dict["state"], index, _PREFIX)
+        check_saved(self._engine, state_dict, SAVED)
         own = {}
         for i, entry in state_dict["state"].items():
-            left = {key: value for key, value in entry.items() if not str(key).startswith(_PREFIX)}
+            left = {key: value for key, value in entry.items() if not str(key).startswith(SAVED)}
             if left:  # an empty entry would tell the base that it has been initialised
                 own[i] = left
         self.base.load_state_dict({**state_dict, "state": own})
-        restore_blocks(self._engine, state_dict["state"], index, _PREFIX)
-        self._engine.restore()
+        restore_blocks(self._engine, state_dict, SAVED)
+        restore(self._engine)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -298,12 +281,22 @@ class SubspaceScaled(Optimizer):
         }
 
 
+def _check_names_of(options: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(SubspaceConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"SubspaceScaled got an unexpected keyword argument {name!r}{hint}")
+
+
 class _GradientWatch:
     """What happens once the gradients are there: before the base's step, or inside the closure it calls.
 
     Attributes:
         loss: the closure's last answer.
         present: ids of the parameters that had a gradient (a base may clear them, and a None gradient moves nothing).
+        looked: whether it happened at all.
     """
 
     def __init__(self, owner: SubspaceScaled, closure: Closure | None) -> None:
@@ -312,7 +305,7 @@ class _GradientWatch:
         self.loss: Any = None
         self.present: set[int] = set()
         self._replaced: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._looked = False
+        self.looked = False
 
     def __call__(self) -> Any:
         """The closure that the base sees."""
@@ -333,12 +326,10 @@ class _GradientWatch:
         owner, engine = self.owner, self.owner._engine
         groups = owner.base.param_groups
         holders = [p for g in groups for p in g["params"] if p.grad is not None]
-        still = {id(p) for g in groups if not isinstance(g["lr"], Tensor) and g["lr"] == 0 for p in g["params"]}
+        still = {id(p) for g in groups if not float(g["lr"]) for p in g["params"]}
         self.present |= {id(p) for p in holders} - still
-        for p in holders:
-            if p.grad.is_sparse:
-                raise RuntimeError("sparse gradients (Embedding(sparse=True)) are not supported; use dense ones")
-        first, self._looked = not self._looked, True
+        refuse_sparse(holders, engine.names)
+        first, self.looked = not self.looked, True
         if first:
             if owner.check_finite and not bool(engine.check_finite([p.grad for p in holders])):
                 raise _Refused
@@ -350,7 +341,7 @@ class _GradientWatch:
             engine.align(gradient)
         if engine.active and engine.config.project == "gradient":
             for p, new in zip(engine.subspace.parameters.params, engine.projected(gradient), strict=True):
-                if new is not None:
+                if new is not None and p.grad is not None:
                     self._replaced.append((p, p.grad, new))
                     p.grad = new
 

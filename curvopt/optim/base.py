@@ -1,0 +1,67 @@
+"""What SubspaceSGD and SubspaceScaled show of their subspace to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from curvopt.curvature.operator import SymmetricOperator
+from curvopt.optim.engine import SubspaceEngine
+from curvopt.optim.saving import SAVED
+from curvopt.subspace.dominant import DominantSubspace
+
+Closure = Callable[[], Any]
+
+
+class SubspaceOptimizer:
+    """Mix-in: the subspace, its operator, a refresh by hand, and figures; all of it kept by ``_engine``."""
+
+    _engine: SubspaceEngine
+
+    @property
+    def subspace(self) -> DominantSubspace | None:
+        """The live DominantSubspace; None at rank 0."""
+        return self._engine.subspace
+
+    @property
+    def curvature(self) -> SymmetricOperator | None:
+        """The operator behind the subspace; assign one after unpickling, which drops it."""
+        return self._engine.source.operator
+
+    @curvature.setter
+    def curvature(self, operator: SymmetricOperator) -> None:
+        self._engine.attach(operator)
+
+    @property
+    def curvature_closure(self) -> Closure | None:
+        """The closure that ``curvature="closure"`` differentiates in place of ``step``'s; pickling drops it too."""
+        return self._engine.source.closure
+
+    @curvature_closure.setter
+    def curvature_closure(self, closure: Closure | None) -> None:
+        self._engine.source.closure = closure
+
+    def refresh(self, closure: Closure | None = None) -> None:
+        """Bring the basis up to date now; a failed refresh keeps the old one and warns.
+
+        Raises:
+            ValueError: rank is 0, or ``curvature="closure"`` and no closure is given.
+        """
+        self._engine.refresh(closure)
+
+    def stats(self) -> dict[str, float]:
+        """Products, refreshes, seconds and their share of the step time so far.
+
+        Steps at lr 0 are not counted: nothing moves in them.
+        """
+        return self._engine.stats()
+
+
+def describe(groups: list[dict[str, Any]], **settings: Any) -> str:
+    """The body of a ``repr``: settings, then the groups as torch prints them, without parameters and saved state."""
+    lines = [", ".join(f"{key}={value!r}" for key, value in settings.items())]
+    for i, group in enumerate(groups):
+        lines.append(f"Parameter Group {i}")
+        shown = sorted(key for key in group if key != "params" and not key.startswith(SAVED))
+        lines += [f"    {key}: {group[key]}" for key in shown]
+    return "\n".join(lines)
