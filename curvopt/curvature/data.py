@@ -87,7 +87,7 @@ def map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(item, (tuple, list)):
         return type(item)(map_tensors(value, function) for value in item)
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        twin = copy.copy(item)
+        twin = copy.copy(item)  # type: ignore[arg-type]
         for field in dataclasses.fields(item):
             object.__setattr__(twin, field.name, map_tensors(getattr(item, field.name), function))
         return twin
@@ -97,7 +97,7 @@ def map_tensors(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def place(item: Any, device: torch.device) -> Any:
     """The batch on ``device``; the same object where nothing has to move."""
     if isinstance(item, torch.nn.utils.rnn.PackedSequence):
-        return item.to(device)
+        return item.to(device)  # type: ignore[arg-type]
     if all(t.device == device for t in tensors_in(item)):
         found = next(tensors_in(item), None)
         if found is not None or not hasattr(item, "to"):

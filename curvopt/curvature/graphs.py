@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from curvopt._errors import CurvatureError, NonFiniteError
 from curvopt.curvature.data import Batch, tensors_in
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import Buffers
+
+Kept = TypeVar("Kept")
 
 
 class _StorageRecorder(TorchDispatchMode):
@@ -96,7 +98,7 @@ class GradientGraph:
             return
         leaves = self.problem.leaves
         with self.problem.quiet_backward(self.buffers):
-            parts = torch.autograd.grad(
+            parts: Sequence[Tensor | None] = torch.autograd.grad(
                 [part for _, part in self.kept],
                 leaves,
                 grad_outputs=[vectors[i].to(part.dtype) for i, part in self.kept],
@@ -114,20 +116,22 @@ class GradientGraph:
                 out[start : start + size].add_(part.detach().reshape(-1))
 
 
-class GraphCache:
-    """Graphs of a problem's batches at one point, within a budget of bytes.
+class GraphCache(Generic[Kept]):
+    """What products over a problem's batches share at one point (graphs), within a budget of bytes.
 
     Args:
-        problem: whose gradient.
-        budget: bytes of graphs to keep; the first graph is kept whatever its size, batches beyond the budget are
-            rebuilt at each pass.
+        problem: whose batches.
+        budget: bytes to keep; the first batch's graph is kept whatever its size, those beyond the budget are rebuilt
+            at each pass.
+        make: builds what is kept for a batch; None builds its ``GradientGraph``.
     """
 
-    def __init__(self, problem: Problem, budget: int) -> None:
+    def __init__(self, problem: Problem, budget: int, make: Callable[[Batch], Kept] | None = None) -> None:
         self.problem = problem
         self.budget = budget
+        self._build_one = make
         self._sizes: dict[object, int] = {}
-        self._graphs: dict[int, GradientGraph] = {}
+        self._graphs: dict[int, Kept] = {}
         self._bytes = 0
         self._point: tuple[object, ...] | None = None
         self.built = 0
@@ -155,7 +159,7 @@ class GraphCache:
             tuple(p.data_ptr() for p in leaves),
         )
 
-    def each(self) -> Iterator[GradientGraph]:
+    def each(self) -> Iterator[Kept]:
         """The graph of every batch: kept ones as they are, others built, and kept while the budget lasts."""
         here = self._here()
         if here != self._point:
@@ -172,9 +176,11 @@ class GraphCache:
             yield graph
             del graph
 
-    def _build(self, batch: Batch) -> tuple[GradientGraph, int]:
-        def build() -> GradientGraph:
-            return GradientGraph(self.problem, batch)
+    def _build(self, batch: Batch) -> tuple[Kept, int]:
+        def build() -> Kept:
+            if self._build_one is None:
+                return GradientGraph(self.problem, batch)  # type: ignore[return-value]
+            return self._build_one(batch)
 
         self.built += 1
         form = tuple(t.shape for t in tensors_in(batch.raw))

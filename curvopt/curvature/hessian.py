@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from curvopt._errors import CurvatureModeWarning, DoubleBackwardError
 from curvopt._params import ParameterLayout
 from curvopt.curvature.check import Probe, probe_double_backward
 from curvopt.curvature.differences import difference_product, scale_of, truncation_error
-from curvopt.curvature.graphs import GraphCache
+from curvopt.curvature.graphs import GradientGraph, GraphCache
 from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
@@ -24,6 +24,7 @@ from curvopt.curvature.routes import Route
 if TYPE_CHECKING:
     from curvopt.curvature.ggn import GGN
 
+Self = TypeVar("Self", bound="ProblemOperator")
 METHODS = ("auto", "double_backward", "finite_difference")
 
 
@@ -50,6 +51,17 @@ class ProblemOperator(SymmetricOperator):
     def device(self) -> torch.device:
         """Where the parameters are now."""
         return self.problem.layout.device
+
+    def _twin(self: Self, problem: Problem) -> Self:
+        """The same kind of operator over another problem."""
+        return type(self).from_problem(problem, check=False)  # type: ignore[attr-defined]
+
+    def private(self: Self) -> Self:
+        """A view of the same parameters with data, seed, generation and counter of its own.
+
+        It starts from this one's data; changing its batch or seed leaves this one as it is, and the other way round.
+        """
+        return self._twin(self.problem.private())
 
     def set_batch(self, data: Any) -> None:
         """Take other data, in any form that the constructor takes."""
@@ -170,7 +182,7 @@ class Hessian(ProblemOperator):
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
         super().__init__(problem)
         self._route = Route(route)
-        self._graphs = GraphCache(problem, graph_budget)
+        self._graphs: GraphCache[GradientGraph] = GraphCache(problem, graph_budget)
         self._holds = 0
         self._displaced: list[Tensor] | None = None
         self.probe: Probe | None = None
@@ -283,19 +295,15 @@ class Hessian(ProblemOperator):
 
         return GGN.from_problem(self.problem)
 
-    def layers(self) -> dict[str, SymmetricOperator]:
+    def layers(self) -> dict[str, Hessian]:
         """One operator a layer, by the dotted name of the owning module.
 
         Each is the diagonal block of that layer's parameters; only these are differentiated, so a product costs less
         than one of the whole. A tied parameter belongs to its first owner. Data and seed are shared.
         """
-        out: dict[str, SymmetricOperator] = {}
-        for name, params in group_by_layer(self.layout).items():
-            out[name] = Hessian.from_problem(
-                self.problem.restricted(params),
-                self.method,
-                check=False,
-                route=self.route,
-                graph_budget=self.graph_budget,
-            )
-        return out
+        return {
+            name: self._twin(self.problem.restricted(params)) for name, params in group_by_layer(self.layout).items()
+        }
+
+    def _twin(self, problem: Problem) -> Hessian:
+        return Hessian.from_problem(problem, self.method, check=False, route=self.route, graph_budget=self.graph_budget)

@@ -1,5 +1,6 @@
 """Hessian products against explicitly built matrices, in every form, route and way of giving the data."""
 
+import copy
 import gc
 import weakref
 
@@ -228,6 +229,32 @@ def test_layers_are_the_diagonal_blocks(case, exact):
         block = exact[coordinates][:, coordinates]
         assert (layer.to_dense() - block).norm() < FLOAT64 * exact.norm()
     assert torch.equal(torch.cat(covered).sort().values, torch.arange(op.shape[0]))
+
+
+def test_a_private_view_has_data_and_counter_of_its_own():
+    model, loss_fn, data, _ = BY_NAME["mlp"].make()
+    op = Hessian(model, loss_fn, data, route="loop")
+    private = op.private()
+    first = op.to_dense()
+    assert torch.equal(private.to_dense(), first)
+    private.set_batch((data[0] + 1, data[1]))
+    private.renew(4)
+    assert relative(private.to_dense(), first) > 1e-3
+    assert torch.equal(op.to_dense(), first)
+    assert (op.matvecs, private.matvecs, op.problem.generation) == (70, 70, 0)
+    assert private.route == "loop"
+
+
+def test_a_copy_of_model_and_operator_stays_tied():
+    model, loss_fn, data, _ = BY_NAME["mlp"].make()
+    op = Hessian(model, loss_fn, data)
+    first = op.to_dense()
+    twin, copied = copy.deepcopy((model, op))
+    assert all(p is q for p, q in zip(twin.parameters(), copied.layout.params, strict=True))
+    with torch.no_grad():
+        twin[0].weight.add_(0.1)
+    assert relative(copied.to_dense(), first) > 1e-3
+    assert relative(op.to_dense(), first) < FLOAT64
 
 
 def test_layers_share_the_data():
