@@ -17,7 +17,10 @@ K = 4
 
 
 def blocks_of(rows, dtype=torch.float64):
-    return [piece.reshape(-1, *shape).to(dtype).contiguous() for piece, shape in zip(rows.split(SIZES, 1), SHAPES, strict=True)]
+    return [
+        piece.reshape(-1, *shape).to(dtype).contiguous()
+        for piece, shape in zip(rows.split(SIZES, 1), SHAPES, strict=True)
+    ]
 
 
 def pieces_of(vector, dtype=torch.float64):
@@ -112,7 +115,9 @@ def test_dominant_share(basis):
     u = torch.randn(P, dtype=torch.float64)
     inside = basis @ (basis.T @ u)
     blocks = blocks_of(basis.T)
-    assert rules.dominant_share(blocks, pieces_of(u)).item() == pytest.approx(float(inside.norm() / u.norm()), rel=1e-12)
+    assert rules.dominant_share(blocks, pieces_of(u)).item() == pytest.approx(
+        float(inside.norm() / u.norm()), rel=1e-12
+    )
     assert rules.dominant_share(blocks, pieces_of(inside)).item() == pytest.approx(1, rel=1e-12)
     assert rules.dominant_share(blocks, pieces_of(u - inside)).item() == pytest.approx(0, abs=1e-14)
     assert rules.dominant_share(blocks, pieces_of(torch.zeros(P, dtype=torch.float64))).item() == 0
