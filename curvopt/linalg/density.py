@@ -12,7 +12,7 @@ from torch import Tensor
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg.deflation import Deflation, Known, known_directions
-from curvopt.linalg.orthogonal import exact_arithmetic, remove_components
+from curvopt.linalg.orthogonal import exact_arithmetic, remove_components, seeded_generator
 from curvopt.linalg.trace import KINDS, random_probes
 
 _LOOK_EVERY = 8
@@ -111,7 +111,7 @@ def spectral_density(
     """
     _check_arguments(steps, probes, sigma, grid, kind)
     size, before = op.shape[0], op.matvecs
-    generator = torch.Generator(device=op.device).manual_seed(seed)
+    generator = seeded_generator(seed, op.device)
     rules: list[tuple[np.ndarray, np.ndarray]] = []
     with op.hold():
         known = known_directions(op, deflate)
@@ -177,21 +177,26 @@ def _quadrature(op: SymmetricOperator, start: Tensor, known: Known, basis: Tenso
                 alive = beta > level * torch.stack([r[2] for r in record]).max()
                 one = torch.ones_like(beta)
                 basis[j + 1] = left * torch.where(alive, 1 / torch.where(alive, beta, one), torch.zeros_like(beta))
-        if (op.device.type == "cpu" or j % _LOOK_EVERY == _LOOK_EVERY - 1) and _ended(record, level) is not None:
+        if _looks(op.device, j) and _ended(record, level) is not None:
             break
-    table = torch.stack(record).to("cpu").numpy()
-    if not np.isfinite(table).all():
-        raise NonFiniteError("a curvature product returned NaN or Inf: look at the loss and the weights first")
     end = _ended(record, level)
+    table = torch.stack(record).to("cpu").numpy()
     used = len(record) if end is None else end + 1
     alpha, off = table[:used, 0], table[: used - 1, 1]
     nodes, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(off, 1) + np.diag(off, -1))
     return nodes, vectors[0] ** 2
 
 
+def _looks(device: torch.device, step: int) -> bool:
+    """Whether the host reads the records after this step: free on the CPU, elsewhere it waits for the device."""
+    return device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1
+
+
 def _ended(record: list[Tensor], level: float) -> int | None:
     """The step at which the chain ended, from the records (alpha, beta, ||A v||)."""
     table = torch.stack(record).to("cpu").numpy()
+    if not np.isfinite(table).all():
+        raise NonFiniteError("a curvature product returned NaN or Inf: look at the loss and the weights first")
     stops = np.flatnonzero(table[:, 1] <= level * np.maximum.accumulate(table[:, 2]))
     return int(stops[0]) if len(stops) else None
 

@@ -14,6 +14,7 @@ from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, ran
 from curvopt.linalg.result import EigenResult
 
 _WHICH = ("LA", "SA", "LM")
+_LEAST_ROOM = 6
 _WARM_NOISE = 0.2  # share of a random direction in a warm start: measured to cost no product, and it cures blindness
 
 
@@ -148,6 +149,9 @@ class _Solver:
         self.basis = KrylovBasis(op, capacity, seed)
         self.plan = plan
         self.stride = _stride(op.device, plan.k)
+        # a full guard wants the next pair too: what was skipped may hide in a vector that has not converged yet
+        self.goal = min(plan.k + (plan.guard == "full"), op.shape[0])
+        self.exhaustive = plan.guard == "full" and capacity > op.shape[0]
         self.guard_matvecs = 0
 
     # ---- the whole course
@@ -180,17 +184,17 @@ class _Solver:
         """Products until all wanted pairs have converged; words if they have not and nothing more can be done."""
         basis, plan = self.basis, self.plan
         while True:
-            ritz = self._ritz() if len(basis.closed) >= plan.k else None
-            if ritz is not None and not self._unconverged(ritz).any():
+            ritz = self._ritz() if len(basis.closed) >= self.goal else None
+            if ritz is not None and not self._unconverged(ritz, self.goal).any():
                 return ritz, None
             left = plan.max_matvecs - basis.matvecs
             index = self._choose(ritz) if left > 0 else None
             if index is None:
                 final = self._ritz()
                 return final, self._complaint(final, left)
-            count, short = self.stride, plan.k - len(basis.closed)
+            count, short = self.stride, self.goal - len(basis.closed)
             if self.stride > 1 and short > 0:  # no test before k rows; a broken chain may waste all products but one
-                count = max(1, min(short, left - short + 1))
+                count = max(1, min(short, left - plan.k + len(basis.closed) + 1))
             self._chain(index, min(count, left))
 
     def _choose(self, ritz: Ritz | None) -> int | None:
@@ -202,7 +206,7 @@ class _Solver:
             return basis.start_random()
         if len(basis.open) == 1 or ritz is None:
             return basis.open[-1]
-        wanted = np.flatnonzero(self._unconverged(ritz))
+        wanted = np.flatnonzero(self._unconverged(ritz, self.goal))
         weight = (ritz.weights[:, wanted] ** 2).sum(1)
         if weight.max() == 0:  # only an open row that nothing is known of can help
             return basis.open[-1]
@@ -221,13 +225,15 @@ class _Solver:
         return index if index in basis.open else None
 
     def _restart(self, ritz: Ritz) -> Ritz:
-        basis, plan = self.basis, self.plan
-        least = plan.k + plan.extra
-        room = basis.capacity - least - 1
-        keep_open = max(1, room // 3)
-        keep = min(least + max(0, room - min(len(basis.open), keep_open)) // 2, len(basis.closed))
-        basis.compress(ritz, keep, keep_open)
+        """Thick restart that keeps half of the room beyond the wanted pairs."""
+        basis, least, opened = self.basis, self._least(), len(self.basis.open)
+        basis.reserve(least + opened + _LEAST_ROOM)  # each look of the guard may have left an open row
+        room = basis.capacity - least - opened
+        basis.compress(ritz, min(least + (room - 1) // 2, len(basis.closed)))
         return self._ritz()
+
+    def _least(self) -> int:
+        return max(self.plan.k + self.plan.extra, self.goal)
 
     # ---- the guard
     def _guard(self, ritz: Ritz) -> str | None:
@@ -244,10 +250,7 @@ class _Solver:
                 f"converged by residuals alone: max_matvecs={plan.max_matvecs} left no product for the guard; raise it"
             )
         self._make_room(ritz, min(wish + 1, plan.k + 8))
-        index = basis.start_random()
-        if index is None:
-            return "converged: the basis spans the whole space, nothing can be skipped"
-        spent, ended = self._look(index, min(wish, allowed))
+        spent, ended = self._look(min(wish, allowed))
         self.guard_matvecs += spent
         after = self._ritz()
         moved = np.abs(after.values[: plan.k] - ritz.values[: plan.k]).max()
@@ -260,27 +263,29 @@ class _Solver:
 
     def _make_room(self, ritz: Ritz, need: int) -> None:
         """Compress the basis if it has no room for ``need`` more rows (one that holds all P never has to)."""
-        basis, least = self.basis, self.plan.k + self.plan.extra
+        basis, opened = self.basis, len(self.basis.open)
         if basis.capacity > basis.size or basis.capacity - basis.n >= need:
             return
-        keep_open = max(1, min(len(basis.open), (basis.capacity - least - 2) // 3))
-        keep = max(least, basis.capacity - need - 1 - keep_open)
-        basis.compress(ritz, min(keep, len(basis.closed)), keep_open)
+        basis.reserve(self._least() + opened + need)
+        basis.compress(ritz, min(basis.capacity - need - opened, len(basis.closed)))
 
-    def _look(self, index: int, count: int) -> tuple[int, bool]:
-        """A chain of ``count`` products from ``index``: products spent, and whether it has said all it can."""
-        basis, plan = self.basis, self.plan
-        chain: list[int] = []
-        full = plan.guard == "full"
-        row: int | None = index
-        while row is not None and len(chain) < count and basis.n < basis.capacity:
-            known = len(basis.closed)
-            block = count - len(chain) if not full else self.stride if chain else 6
-            row = self._chain(row, min(block, count - len(chain)))
-            chain += basis.closed[known:]
-            if full and len(chain) >= 6 and self._settled(chain):
-                return len(chain), True
-        return len(chain), row is None
+    def _look(self, count: int) -> tuple[int, bool]:
+        """Up to ``count`` products along a new chain: products spent, and whether it has said all it can."""
+        basis = self.basis
+        first, known = basis.matvecs, len(basis.closed)
+        full = self.plan.guard == "full"
+        row = basis.start_random()
+        while (spent := basis.matvecs - first) < count and basis.n < basis.capacity:
+            if row is None and self.exhaustive:
+                row = basis.start_random()
+            if row is None:
+                if basis.n < basis.size or not basis.open:
+                    return spent, True  # a random chain that ends has met every distinct value of what is left
+                row = basis.open[-1]  # the rows span everything: the open ones are all that is left
+            row = self._chain(row, min(count - spent, count if not full else self.stride if spent else 6))
+            if full and not self.exhaustive and len(basis.closed) >= known + 6 and self._settled(basis.closed[known:]):
+                return basis.matvecs - first, True
+        return spent, len(basis.closed) == basis.size
 
     def _settled(self, chain: list[int]) -> bool:
         """Whether the chain's own leading value, which is the largest that was not known before, has converged."""
@@ -296,9 +301,9 @@ class _Solver:
         self.basis.flush()
         return self.basis.ritz(self.plan.which)
 
-    def _unconverged(self, ritz: Ritz) -> np.ndarray:
-        """A bool for each wanted pair."""
-        return ritz.residuals[: self.plan.k] > self.plan.tol * ritz.scale
+    def _unconverged(self, ritz: Ritz, pairs: int | None = None) -> np.ndarray:
+        """A bool for each of the k wanted pairs, or for the first ``pairs``."""
+        return ritz.residuals[: pairs or self.plan.k] > self.plan.tol * ritz.scale
 
     def _complaint(self, ritz: Ritz, left: int) -> str | None:
         """Why the wanted pairs have not converged, in words; None if they have."""

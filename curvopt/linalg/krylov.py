@@ -11,7 +11,13 @@ from torch import Tensor
 
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.orthogonal import exact_arithmetic, random_orthogonal, remove_components, rotate_rows
+from curvopt.linalg.orthogonal import (
+    exact_arithmetic,
+    random_orthogonal,
+    remove_components,
+    rotate_rows,
+    seeded_generator,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class KrylovBasis:
         self.size = op.shape[0]
         self.capacity = capacity
         self.rows = torch.empty(capacity, self.size, dtype=op.dtype, device=op.device)
-        self.generator = torch.Generator(device=op.device).manual_seed(seed)
+        self.generator = seeded_generator(seed, op.device)
         self.n = 0
         self.closed: list[int] = []
         self.open: list[int] = []
@@ -177,30 +183,34 @@ class KrylovBasis:
         return torch.from_numpy(whole).to(self.rows)
 
     # ---- restart
-    def compress(self, ritz: Ritz, keep: int, keep_open: int) -> None:
-        """Thick restart: the first ``keep`` Ritz vectors replace the closed rows.
-
-        Open rows stay, up to ``keep_open`` of them, the ones that weigh most in the kept residuals; of the others only
-        their part in the residuals is remembered.
-        """
+    def compress(self, ritz: Ritz, keep: int) -> None:
+        """Thick restart: the first ``keep`` Ritz vectors replace the closed rows; the open rows stay."""
         y, rest = ritz.vectors[:, :keep], ritz.vectors[:, keep:]
-        by_weight = np.argsort(-(ritz.weights[:, :keep] ** 2).sum(1), kind="stable")
-        survivors = sorted(by_weight[:keep_open].tolist())
-        dropped = [i for i in range(len(self.open)) if i not in survivors]
         inner = self.coefficients(self.closed, self.closed)
-        lost = np.concatenate([self._lost[:, self.closed] @ y, rest.T @ (inner @ y), ritz.weights[dropped][:, :keep]])
-        rows = [self.open[i] for i in survivors]
-        pick = torch.zeros(len(rows), self.n, dtype=self.rows.dtype, device=self.rows.device)
-        pick[range(len(rows)), rows] = 1.0
+        # what the dropped vectors hold of the kept images: rounding, or the operator's want of symmetry
+        lost = np.concatenate([self._lost[:, self.closed] @ y, rest.T @ (inner @ y)])
+        f = len(self.open)
+        pick = torch.zeros(f, self.n, dtype=self.rows.dtype, device=self.rows.device)
+        pick[range(f), self.open] = 1.0
         with exact_arithmetic(self.rows.device):
             rotate_rows(self.rows[: self.n], torch.cat([self._lift(y), pick]))
         self._h[:] = 0.0
         self._h[:keep, :keep] = y.T @ inner @ y
-        self._h[keep : keep + len(rows), :keep] = ritz.weights[survivors][:, :keep]
-        triangle: np.ndarray = np.linalg.qr(lost, mode="r")
+        self._h[keep : keep + f, :keep] = ritz.weights[:, :keep]
+        triangle = np.asarray(np.linalg.qr(lost, mode="r"))
         self._lost = np.zeros((triangle.shape[0], self.capacity))
         self._lost[:, :keep] = triangle
         self.closed = list(range(keep))
-        self.open = list(range(keep, keep + len(rows)))
-        self.n = keep + len(rows)
+        self.open = list(range(keep, keep + f))
+        self.n = keep + f
         self.restarts += 1
+
+    def reserve(self, capacity: int) -> None:
+        """Room for ``capacity`` rows, at the price of a copy."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.rows = torch.cat([self.rows[: self.n], self.rows.new_empty(capacity - self.n, self.size)])
+        self._h = np.pad(self._h, (0, more))
+        self._lost = np.pad(self._lost, ((0, 0), (0, more)))
+        self.capacity = capacity

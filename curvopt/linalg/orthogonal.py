@@ -53,6 +53,15 @@ def remove_components(vector: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Ten
     return twice, first + second, torch.linalg.vector_norm(once), torch.linalg.vector_norm(twice)
 
 
+def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator whose stream is not that of ``torch.manual_seed(seed)``.
+
+    Weights and data are drawn after ``torch.manual_seed(0)`` everywhere; probes drawn from the same numbers would be
+    aligned with them (a Wishart matrix probed by its own rows has its trace off by a quarter).
+    """
+    return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + 0xC2B2AE3D27D4EB4F) % 2**63)
+
+
 def random_orthogonal(rows: Tensor, generator: torch.Generator) -> Tensor | None:
     """A random unit vector orthogonal to orthonormal rows (n, P); None if they span the space already."""
     n, size = rows.shape

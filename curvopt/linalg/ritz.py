@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, rotate_rows
+from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, rotate_rows, seeded_generator
 
 _CHUNK = 1 << 16
 
@@ -93,7 +93,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerI
             image = image.clone()
         rotate_rows(image, turn)
         residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows))
-        new, rank = orthonormalize_rows(image, generator=torch.Generator(device=device).manual_seed(seed))
+        new, rank = orthonormalize_rows(image, generator=seeded_generator(seed, device))
         shares = (new[:k] @ rows[:k].T).square().sum() / k
         verdict = torch.cat([residuals, shares[None]]).to("cpu", torch.float64)
     return PowerImage(

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg.deflation import Deflation, Known, known_directions
-from curvopt.linalg.orthogonal import exact_arithmetic
+from curvopt.linalg.orthogonal import exact_arithmetic, seeded_generator
 from curvopt.linalg.result import Estimate
 
 KINDS = ("rademacher", "sphere", "gaussian")
@@ -94,7 +94,7 @@ def _estimate(
     cap = probes if probes is not None else _DEFAULT_PROBES if tol is None else _DEFAULT_CAP
     if size <= (cap if tol is None else min(cap, _DEFAULT_PROBES)):
         return _exact(op, functional)
-    generator = torch.Generator(device=op.device).manual_seed(seed)
+    generator = seeded_generator(seed, op.device)
     before = op.matvecs
     samples: list[float] = []
     with op.hold():
