@@ -4,14 +4,22 @@ from curvopt.curvature.closure import ClosureHessian as ClosureHessian
 from curvopt.curvature.dense import DenseOperator as DenseOperator
 from curvopt.curvature.dense import DiagonalOperator as DiagonalOperator
 from curvopt.curvature.dense import PlantedSpectrum as PlantedSpectrum
+from curvopt.curvature.functional import FunctionalHessian as FunctionalHessian
+from curvopt.curvature.ggn import GGN as GGN
 from curvopt.curvature.hessian import Hessian as Hessian
 from curvopt.curvature.operator import SymmetricOperator as SymmetricOperator
 from curvopt.curvature.problem import Problem as Problem
+from curvopt.curvature.second_moment import GradientSecondMoment as GradientSecondMoment
 
 __all__ = [
+    "GGN",
     "ClosureHessian",
     "DenseOperator",
     "DiagonalOperator",
+    "FunctionalHessian",
+    "GradientSecondMoment",
+    "FunctionalHessian",
+    "GradientSecondMoment",
     "Hessian",
     "PlantedSpectrum",
     "Problem",

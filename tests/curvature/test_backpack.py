@@ -13,6 +13,7 @@ from torch import nn
 
 from curvopt._errors import MissingExtraError
 from curvopt.curvature import backpack as bridge
+from curvopt.curvature.backpack_coverage import available, require_backpack
 from curvopt.curvature.problem import Problem
 from tests.problems import BY_NAME, CASES
 from tests.reference import dense_ggn, dense_hessian, relative
@@ -271,12 +272,12 @@ def test_absent_backpack_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "backpack", None)
     with pytest.raises(MissingExtraError, match=r'pip install "curvopt-torch\[backpack\]"'):
         bridge.BackpackOperator(problem_of("mlp"), "hessian")
-    assert not bridge.available()
+    assert not available()
     assert "not installed" in bridge.supports(problem_of("mlp"))[1]
 
 
 def test_torchvision_is_never_imported():
-    bridge.require_backpack()
+    require_backpack()
     assert "torchvision" not in sys.modules and "backpack.utils.examples" not in sys.modules
 
 
