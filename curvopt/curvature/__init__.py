@@ -18,8 +18,6 @@ __all__ = [
     "DiagonalOperator",
     "FunctionalHessian",
     "GradientSecondMoment",
-    "FunctionalHessian",
-    "GradientSecondMoment",
     "Hessian",
     "PlantedSpectrum",
     "Problem",
