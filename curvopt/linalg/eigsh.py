@@ -42,10 +42,11 @@ def eigsh(
     converged, a second chain starts from a random direction orthogonal to all that is known, and Rayleigh-Ritz runs
     over both. If that brings a new wanted value the solver goes on until it has converged, and looks again. Six
     products reveal a value of 1.5 times the k-th or more on the spectra that networks have (a bulk that is narrow
-    beside it); ``guard="full"`` lets the chain run until its own leading value has converged, which tells closer ones
-    apart.
+    beside it). ``guard="full"`` tells closer ones apart: it wants the next pair converged as well, lets the chain run
+    until its own leading value has converged, tries every open direction, and fills the space where P <= max_basis.
 
-    Memory: ``max_basis + k + extra`` vectors, and what the operator holds.
+    Memory: ``max_basis + 1`` vectors, one more for each look that found something, ``k + extra`` for the answer, and what
+    the operator holds.
 
     Args:
         op: the operator (P, P).
@@ -279,13 +280,24 @@ class _Solver:
             if row is None and self.exhaustive:
                 row = basis.start_random()
             if row is None:
-                if basis.n < basis.size or not basis.open:
-                    return spent, True  # a random chain that ends has met every distinct value of what is left
+                if basis.n < basis.size or not basis.open:  # a chain that ends met every distinct value of what is left
+                    return spent + (self._close_open(count - spent) if full else 0), True
                 row = basis.open[-1]  # the rows span everything: the open ones are all that is left
             row = self._chain(row, min(count - spent, count if not full else self.stride if spent else 6))
             if full and not self.exhaustive and len(basis.closed) >= known + 6 and self._settled(basis.closed[known:]):
-                return basis.matvecs - first, True
+                spent = basis.matvecs - first
+                return spent + self._close_open(count - spent), True
         return spent, len(basis.closed) == basis.size
+
+    def _close_open(self, count: int) -> int:
+        """A product for each open row, where a chain orthogonal to all rows never looks: products spent."""
+        basis = self.basis
+        before = basis.matvecs
+        if basis.capacity <= basis.size:
+            basis.reserve(basis.n + len(basis.open))
+        for row in list(basis.open)[:count]:
+            self._chain(row, 1)
+        return basis.matvecs - before
 
     def _settled(self, chain: list[int]) -> bool:
         """Whether the chain's own leading value, which is the largest that was not known before, has converged."""
