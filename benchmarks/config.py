@@ -18,7 +18,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -146,6 +146,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def _explain(error: Exception, base: DictConfig) -> ConfigError:
     """Turn hydra's words into ours: name the nearest key."""
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"can't read {error.override.lstrip('+')!r}: {str(error).splitlines()[0]}; quote what is no number")
     chain = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
     text = " | ".join(str(e) for e in chain)
     missing = re.search(r"Key '([^']+)' (?:is )?not in", text)
@@ -153,8 +155,10 @@ def _explain(error: Exception, base: DictConfig) -> ConfigError:
     if missing and full:
         parent = full.group(1).rpartition(".")[0]
         node = OmegaConf.select(base, parent) if parent else base
-        known = list(node) if OmegaConf.is_dict(node) else []
-        return ConfigError(f"unknown key {full.group(1)!r}: {_nearest(missing.group(1), known)}")
+        known = [str(k) for k in node] if OmegaConf.is_dict(node) else []
+        elsewhere = [f"{g}.{missing.group(1)}" for g in ("optimizer", "task") if missing.group(1) in base[g]]
+        hint = f"did you mean {elsewhere[0]!r}?" if elsewhere else _nearest(missing.group(1), known)
+        return ConfigError(f"unknown key {full.group(1)!r}: {hint}")
     wrong = re.search(r"(Value .+? could not be converted to \w+)", text)
     if wrong and full:
         return ConfigError(f"{full.group(1)}: {wrong.group(1)}")
@@ -200,7 +204,7 @@ def _check_optimizer(node: DictConfig) -> dict[str, Any]:
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), given)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"optimizer.{str(error).splitlines()[0]}") from error
+        raise ConfigError(f"optimizer.{error.full_key}: {str(error).splitlines()[0]}") from error
     return {str(k): OmegaConf.to_container(typed, resolve=True)[k] for k in given}  # type: ignore[index,call-overload]
 
 

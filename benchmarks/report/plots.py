@@ -83,7 +83,7 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
             )
         ax.set(yscale="log", xlabel=words, ylabel="train loss (whole training set)", title=title)
         if x == "gradient_equivalents":
-            ax.set_xscale("symlog", linthresh=100)
+            ax.set_xscale("log")  # one refresh costs as much as hundreds of steps; the start, at 0, is not shown
         ax.grid(alpha=0.25)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         columns = ["train_loss", "test_loss", "test_accuracy", "gradient_equivalents", "seconds"]
@@ -106,7 +106,7 @@ def alignment_figure(records: Sequence[RunRecord], folder: Path, title: str) -> 
         ax.grid(alpha=0.25)
     axes[0].set_ylabel(r"share in the top k,  $\|P_k u\|/\|u\|$")
     axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(title, y=1.02)
     return _save(figure, _long(records, list(panels)), folder, "alignment")
 
 

@@ -118,12 +118,14 @@ def register(*entries: Entry) -> None:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names closest to ``name``: by the whole, then by the part behind a source or a ``+``."""
-    pool = list(known)
-    close = difflib.get_close_matches(name, pool, count, 0.6)
-    tails = {k.rpartition("/")[2]: k for k in pool}
-    close += [tails[t] for t in difflib.get_close_matches(name, tails, count, 0.6) if tails[t] not in close]
-    return close[:count]
+    """The known names closest to ``name``, judged by the whole or by the part behind the source's ``/``."""
+
+    def likeness(candidate: str) -> float:
+        forms = {candidate, candidate.rpartition("/")[2]}
+        return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
+
+    scores = {candidate: likeness(candidate) for candidate in known}
+    return sorted((c for c in scores if scores[c] >= 0.6), key=lambda c: (-scores[c], "/" in c))[:count]
 
 
 def _plain(name: str) -> Entry:
