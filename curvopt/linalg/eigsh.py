@@ -45,8 +45,8 @@ def eigsh(
     beside it). ``guard="full"`` tells closer ones apart: it wants the next pair converged as well, lets the chain run
     until its own leading value has converged, tries every open direction, and fills the space where P <= max_basis.
 
-    Memory: ``max_basis + 1`` vectors, one more for each look that found something, ``k + extra`` for the answer, and what
-    the operator holds.
+    Memory: ``max_basis + 1`` vectors, one more for each look that found something, ``k + extra`` for the answer, and
+    what the operator holds.
 
     Args:
         op: the operator (P, P).
