@@ -14,6 +14,9 @@ from curvopt.subspace.dominant import DominantSubspace
 
 Group = dict[str, Any]
 
+# Share of a row's mass outside groups at lr 0, below which the row counts as at rest: 1 / lr along it would be noise.
+_AT_REST = 1e-6
+
 
 class Coefficients:
     """The factors of the dominant rows, recomputed when the basis, a learning rate or a border changes.
@@ -58,6 +61,12 @@ class Coefficients:
         limit = torch.tensor([limits[i] for i in group], dtype=torch.float64) @ mass / total
         return rate, limit * (self.config.edge / 2)
 
+    def _moves(self, group: Sequence[int], mass: Tensor) -> Tensor:
+        """Whether enough of each row (k,) lies in parameters whose learning rate is not 0: more than rounding."""
+        rates, _ = self._rates()
+        moving = torch.tensor([float(rates[i] > 0) for i in group], dtype=torch.float64)
+        return moving @ mass > _AT_REST * mass.sum(0)
+
     def cutoff(self, rows: Tensor, group: Sequence[int]) -> Tensor:
         """Smallest eigenvalue (m,) that ``rank="edge"`` keeps, for candidate rows (m, P_g)."""
         sizes = [self.subspace.parameters.sizes[i] for i in group]
@@ -77,7 +86,7 @@ class Coefficients:
             if self.config.by_eigenvalue:
                 rate, limit = self._along(group, s.mass[group])
                 a = torch.full_like(values[g], 1.0)
-                usable = (values[g] > 0) & (rate > 0)
+                usable = (values[g] > 0) & self._moves(group, s.mass[group])
                 if bool(usable.any()):
                     safe = torch.where(usable, rate, 1.0)
                     known = self.config.dominant_coefficients(values[g], safe, 1.0)
