@@ -1,5 +1,8 @@
 """The named errors and warnings of curvopt: catch these, not message texts."""
 
+import sys
+import warnings
+
 
 class CurvoptError(Exception):
     """Base of every error that curvopt raises by a name of its own."""
@@ -59,3 +62,11 @@ class OverheadWarning(CurvoptWarning):
 
 class LearningRateWarning(CurvoptWarning):
     """Every learning rate is 0 while a rule needs one: the basis is kept and the rule skipped."""
+
+
+def warn(message: str, category: type[CurvoptWarning]) -> None:
+    """Warn at the line of the user's code that led here, past the frames of curvopt and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

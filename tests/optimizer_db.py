@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvopt.curvature.ggn import GGN
 from curvopt.curvature.hessian import Hessian
 from curvopt.optim import BulkSGD, DomSGD, GGNProjectedSGD, InterpolatedSGD, SubspaceScaled
 
@@ -119,6 +118,11 @@ class Entry:
     first_refresh: int = 0
     products: bool = True
 
+    @property
+    def free(self) -> bool:
+        """Whether both coefficients can be chosen."""
+        return self.wrapper or self.name.startswith("Interpolated")
+
     def make(self, params: Any, curvature: Any, base: dict[str, Any] | None = None, **ours: Any) -> Any:
         """The optimizer, at rank 2 and a period of 3 steps unless told otherwise."""
         settings = {"rank": RANK, "refresh_every": PERIOD, **self.options, **ours}
@@ -208,11 +212,6 @@ SGD_INPUTS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True, "momentum": 0.9, "weight_decay": 0.1},
     "tensor lr": {"lr": torch.tensor(0.1), "momentum": 0.9},
 }
-
-
-def gather_hessian(world: World) -> dict[str, Any]:
-    """Both kinds of operator over a world, by name."""
-    return {"Hessian": world.curvature(), "GGN": GGN(world.model, world.loss_fn, (world.x, world.y))}
 
 
 def errors(world: World) -> Iterator[tuple[str, Callable[[], Any], type[Exception], str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from curvopt._errors import RankWarning
+from curvopt._errors import RankWarning, warn
 from curvopt._params import ParameterLayout
 from curvopt.curvature.closure import ClosureHessian
 from curvopt.curvature.operator import SymmetricOperator
@@ -116,6 +115,6 @@ def _infer_rank(operator: SymmetricOperator) -> int:
     if found is not None and 1 <= found[0] <= 20:
         return int(found[0])
     why = "the loss does not tell the number of classes" if found is None else f"{found[1]} gives {found[0]}"
-    warnings.warn(f"rank=None: {why}, outside 1 to 20; taking rank=10. Give rank= to choose", RankWarning, stacklevel=6)
+    warn(f"rank=None: {why}, outside 1 to 20; taking rank=10. Give rank= to choose", RankWarning)
     assert operator.layout is not None
     return min(10, operator.layout.total)

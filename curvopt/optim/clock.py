@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from statistics import median
 
-from curvopt._errors import OverheadWarning
+from curvopt._errors import OverheadWarning, warn
 
 _TIMED_STEPS = 10
 
@@ -81,9 +80,8 @@ class StepClock:
         self._warned = True
         share = median(self._projections) / step
         if overhead is not None and share > overhead:
-            warnings.warn(
+            warn(
                 f"the projection alone takes {share:.0%} of a step, above overhead={overhead:.0%}: the rank is "
                 "large for so small a batch. Lower rank, raise the batch, or raise overhead",
                 OverheadWarning,
-                stacklevel=6,
             )

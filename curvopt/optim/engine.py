@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt._errors import LearningRateWarning, RefreshWarning
+from curvopt._errors import LearningRateWarning, RefreshWarning, warn
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.optim import rules
@@ -151,11 +150,10 @@ class SubspaceEngine:
             return
         self._warned_of_lr = True
         rule = "rank='edge'" if c.rank == "edge" else f"dominant={c.dominant!r}"
-        warnings.warn(
+        warn(
             f"lr is 0 in every group, and {rule} divides by it: the basis is kept and the rule skipped until lr is "
             "above 0 again. Give the scheduler a floor (eta_min=, min_lr=) if training is to go on",
             LearningRateWarning,
-            stacklevel=5,
         )
 
     @torch.no_grad()
@@ -180,11 +178,10 @@ class SubspaceEngine:
             if not self.subspace.ready:
                 raise
             self.state.age, self.state.failed = 0, True
-            warnings.warn(
+            warn(
                 f"a refresh failed and the basis of {self.subspace.age} steps ago stays in use: "
                 f"{type(error).__name__}: {error}",
                 RefreshWarning,
-                stacklevel=5,
             )
             return
         finally:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from curvopt._errors import NonFiniteError, NonFiniteWarning
+from curvopt._errors import NonFiniteError, NonFiniteWarning, warn
 
 _REFUSALS_ALLOWED = 4
 # The device's count is read with a refresh; a frozen basis, or none, has no refresh to wait for.
@@ -77,10 +76,9 @@ class RefusalCount:
             )
         if self._warned_at != refreshes:
             self._warned_at = refreshes
-            warnings.warn(
+            warn(
                 "a step with NaN or Inf gradients was refused: parameters, buffers and basis stay as they were",
                 NonFiniteWarning,
-                stacklevel=5,
             )
 
     def count_on_device(self, finite: Tensor, refreshes: int) -> None:

@@ -12,6 +12,7 @@ from curvopt._errors import (
     LearningRateWarning,
     NondeterministicClosureError,
     NonFiniteError,
+    NonFiniteWarning,
     RankWarning,
 )
 from curvopt._params import ParameterLayout
@@ -280,3 +281,13 @@ def test_refresh_by_hand_before_the_base_has_state():
     opt = BY_NAME["SubspaceScaled(AdamW)-preconditioner"].of(World())
     with pytest.raises(ValueError, match="needs exp_avg_sq in the base optimizer's state, but it has no state yet"):
         opt.refresh()
+
+
+def test_warnings_point_at_the_users_line():
+    world = World()
+    opt = BulkSGD(world.params(), lr=0.1, rank=0)
+    torch.optim.lr_scheduler.ConstantLR(opt)  # patches step: one frame more
+    opt.param_groups[0]["params"][0].grad = torch.full((4, 3), math.nan, dtype=torch.float64)
+    with pytest.warns(NonFiniteWarning) as caught:
+        opt.step()
+    assert caught[0].filename == __file__
