@@ -88,9 +88,7 @@ def test_callable_may_return_a_number_and_is_checked():
         lambda p, op: InterpolatedSGD(groups(p), curvature=op, rank=3, dominant=lambda v, lr: 0.25, bulk=1.0, **FROZEN)
     )
     assert_displacement(moved, x, leading(MATRIX, 3)[1], torch.full((3,), 0.25), 1.0, PER_COORDINATE)
-    with pytest.raises(
-        ValueError, match=r"dominant\(eigenvalues, lr\) must return a number or shape \(3,\), got \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"must return a number or shape \(3,\), got \(2,\)"):
         one_step(
             lambda p, op: InterpolatedSGD(
                 p, lr=0.1, curvature=op, rank=3, dominant=lambda v, lr: v[:2], bulk=1.0, **FROZEN
