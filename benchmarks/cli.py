@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
     bench.add_argument("--seeds", type=_count, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     bench.add_argument("--task", help="a file in configs/task (default: the first whose data are at hand)")
-    bench.add_argument("--optimizers", help="files in configs/optimizer, separated by commas (default: configs/bench.yaml)")
+    bench.add_argument(
+        "--optimizers", help="files in configs/optimizer, separated by commas (default: configs/bench.yaml)"
+    )
     bench.add_argument("--out", type=Path, default=Path("runs"), help="parent of the result's folder (default: runs)")
     bench.add_argument("--fresh", action="store_true", help="delete earlier results and start over")
 
@@ -109,11 +111,17 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print(text, soft_wrap=True, highlight=False)
     console.print(f"Data: {r['data']}", soft_wrap=True)
     if outcome.status != "done":
-        console.print(f"{config.optimizer['label']}: {outcome.status} at step {r['step']}: {outcome.reason}", soft_wrap=True)
+        console.print(
+            f"{config.optimizer['label']}: {outcome.status} at step {r['step']}: {outcome.reason}", soft_wrap=True
+        )
         return 0
-    words = ", ".join(f"{k.replace('_', ' ')} {float(r[k]):.4g}" for k in ("train_loss", "test_loss", "test_accuracy") if k in r)
+    words = ", ".join(
+        f"{k.replace('_', ' ')} {float(r[k]):.4g}" for k in ("train_loss", "test_loss", "test_accuracy") if k in r
+    )
     cost = f"{r['gradients']:,} gradients, {r['products']:,} curvature products, {float(r['seconds']):.2f} s"
-    console.print(f"{config.optimizer['label']}: {outcome.status} after {r['step']:,} steps: {words}; {cost}", soft_wrap=True)
+    console.print(
+        f"{config.optimizer['label']}: {outcome.status} after {r['step']:,} steps: {words}; {cost}", soft_wrap=True
+    )
     return 0
 
 
@@ -170,7 +178,9 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
             say=progress.print,
         )
     state = "bracketed on both sides" if found.bracketed else "NOT bracketed: at the edge of the values tried"
-    console.print(f"best {found.key}={found.best:g} (train loss {found.scores[found.best]:.4g}), {state}", soft_wrap=True)
+    console.print(
+        f"best {found.key}={found.best:g} (train loss {found.scores[found.best]:.4g}), {state}", soft_wrap=True
+    )
     return 0
 
 
@@ -196,7 +206,9 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     console.print(f"tasks: {', '.join(available('task'))}", soft_wrap=True)
     console.print(f"optimizers (files): {', '.join(available('optimizer'))}", soft_wrap=True)
-    console.print(f"zoo: {', '.join(zoo.names())}; bulk+NAME, dom+NAME and scaled+NAME wrap any of them", soft_wrap=True)
+    console.print(
+        f"zoo: {', '.join(zoo.names())}; bulk+NAME, dom+NAME and scaled+NAME wrap any of them", soft_wrap=True
+    )
     for name, reason in zoo.names(excluded=True).items():
         console.print(f"  not available: {name}: {reason}", soft_wrap=True)
     return 0

@@ -44,7 +44,7 @@ class TaskConfig:
     Attributes:
         task: name of the class in benchmarks.tasks.
         title: for tables and figures.
-        steps, batch_size, eval_every, measure_every: defaults of the run's fields of these names.
+        steps, batch_size, eval_every, measure_every, energy_every: defaults of the run's fields of these names.
         rank: dimension of the dominant subspace.
         curvature_examples: size of the fixed curvature batch, the first ones of the training set.
         target: train loss that counts as solved in "steps to target"; None leaves that column out.
@@ -57,6 +57,7 @@ class TaskConfig:
     batch_size: int = 50
     eval_every: int = 50
     measure_every: int = 100
+    energy_every: int = 0
     rank: int = 9
     curvature_examples: int = 1000
     target: float | None = None
@@ -100,7 +101,7 @@ class RunConfig:
     log_every: int = 10
     eval_every: int = II("task.eval_every")
     measure_every: int = II("task.measure_every")
-    energy_every: int = 0
+    energy_every: int = II("task.energy_every")
     checkpoint_every: int = 250
     device: str = "cpu"
     threads: int = 1
@@ -144,15 +145,18 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         return compose("run", overrides=list(overrides))
 
 
-def _explain(error: Exception, base: DictConfig) -> ConfigError:
+def _explain(error: Exception, groups: Sequence[str]) -> ConfigError:
     """Turn hydra's words into ours: name the nearest key."""
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"can't read {error.override.lstrip('+')!r}: {str(error).splitlines()[0]}; quote what is no number")
+        return ConfigError(
+            f"can't read {error.override.lstrip('+')!r}: {str(error).splitlines()[0]}; quote what is no number"
+        )
     chain = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
     text = " | ".join(str(e) for e in chain)
     missing = re.search(r"Key '([^']+)' (?:is )?not in", text)
     full = re.search(r"full_key: (\S+)", text)
     if missing and full:
+        base = _compose(groups)
         parent = full.group(1).rpartition(".")[0]
         node = OmegaConf.select(base, parent) if parent else base
         known = [str(k) for k in node] if OmegaConf.is_dict(node) else []
@@ -229,15 +233,14 @@ def compose_run(task: str, optimizer: str, overrides: Sequence[str] = ()) -> Run
             raise ConfigError(f"{override!r}: the {key} is named before the overrides, as in: run {task} {optimizer}")
         # An optimizer's file need not list every argument: they are checked against the zoo afterwards.
         given.append(f"++{key}={value}" if key.startswith("optimizer.") else f"{key}={value}")
-    base = _compose(groups)
-    tuned = OmegaConf.to_container(base.task.tuned).get(optimizer, {})  # type: ignore[union-attr]
-    values = [f"++optimizer.{key}={json.dumps(value)}" for key, value in (tuned or {}).items()]
+    tuned = OmegaConf.select(OmegaConf.load(CONFIGS / "task" / f"{task}.yaml"), f"tuned.{optimizer}") or {}
+    values = [f"++optimizer.{key}={json.dumps(value)}" for key, value in tuned.items()]
     try:
         whole = _compose([*groups, *values, *given])
         node = _check_optimizer(whole.optimizer)
         resolved = OmegaConf.to_container(whole, resolve=True)
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
-        raise _explain(error, base) from error
+        raise _explain(error, groups) from error
     assert isinstance(resolved, dict)
     resolved["optimizer"] = {"file": optimizer, **node}
     resolved["task"] = {"file": task, **resolved["task"]}  # type: ignore[dict-item]

@@ -72,9 +72,7 @@ class ParameterLayout:
         if len(tensors) != len(self.params):
             raise ValueError(f"expected {len(self.params)} tensors, one a parameter, got {len(tensors)}")
         vector = torch.empty(self.total, dtype=self.dtype, device=self.device) if out is None else out
-        for name, t, shape, start, size in zip(
-            self.names, tensors, self.shapes, self.offsets, self.sizes, strict=True
-        ):
+        for name, t, shape, start, size in zip(self.names, tensors, self.shapes, self.offsets, self.sizes, strict=True):
             piece = vector[start : start + size]
             if t is None:
                 piece.zero_()
@@ -108,14 +106,16 @@ def named_parameters(model: torch.nn.Module, params: Iterable[Tensor] | None = N
     """
     names = {id(p): name for name, p in model.named_parameters()}
     if params is None:
-        chosen = [p for p in model.parameters() if p.requires_grad]
+        chosen: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not chosen:
             raise ValueError("params=None takes every parameter that requires grad, but the model has none")
     else:
         chosen = [p for p in params if not isinstance(p, Tensor) or p.requires_grad]
         foreign = [i for i, p in enumerate(chosen) if id(p) not in names]
         if foreign:
-            raise ValueError(f"params[{foreign[0]}] is not a parameter of the model; curvature is taken over the model's own")
+            raise ValueError(
+                f"params[{foreign[0]}] is not a parameter of the model; curvature is taken over the model's own"
+            )
         if not chosen:
             raise ValueError("params holds no parameter that requires grad: frozen parameters have no curvature here")
     return ParameterLayout(chosen, [names[id(p)] for p in chosen])

@@ -22,7 +22,7 @@ optimizer = curvopt.SubspaceScaled(
 )
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=150)  # reaches the base through the wrapper
 
-for step in range(150):
+for _ in range(150):
     optimizer.zero_grad()
     loss = loss_fn(model(images[:1500]), labels[:1500])
     loss.backward()

@@ -20,4 +20,6 @@ def test_python_blocks_run():
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")))
 def test_links_to_files_exist(target: str):
-    assert target.startswith("http") or (README.parent / target).exists(), f"README links to {target}, which is not there"
+    assert target.startswith("http") or (README.parent / target).exists(), (
+        f"README links to {target}, which is not there"
+    )

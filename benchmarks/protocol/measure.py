@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from benchmarks.tasks import Task
 from curvopt._params import named_parameters
 from curvopt.curvature import Hessian
+from curvopt.diagnostics.energy import curvature_energy
 from curvopt.linalg import eigsh
 
 # Eigenvalues enter a plot and the subspace a share: a residual of 1e-2 lambda_1 moves them by about its square.
 _TOLERANCE = 1e-2
+_PROBES = 16  # for the bulk's energy; its standard error is logged beside it
 
 
 class CurvatureMeter:
@@ -62,11 +64,19 @@ class CurvatureMeter:
         return list(torch.autograd.grad(loss, self._layout.params, allow_unused=True))
 
     def energy(self) -> dict[str, float]:
-        """Shares of the curvature energy inside the dominant subspace, for H, its GGN part and the rest."""
-        from curvopt.diagnostics import curvature_energy
+        """Shares of the curvature energy inside the dominant subspace, of H, of its GGN part and of the rest F.
 
+        Columns ``energy/hessian_trace``, ``energy/ggn_frobenius`` and so on, each with its standard error ``..._error``.
+        """
         assert self.vectors is not None
-        return _flatten_energy(curvature_energy(self._operator, self.vectors))
+        split = curvature_energy(self._operator, self.vectors, backend="autograd", probes=_PROBES)
+        out: dict[str, float] = {}
+        for matrix in ("hessian", "ggn", "functional"):
+            for kind in ("trace", "frobenius"):
+                part = getattr(getattr(split, matrix), kind)
+                out[f"energy/{matrix}_{kind}"] = part.dominant_share
+                out[f"energy/{matrix}_{kind}_error"] = part.share_error
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """What the next warm start needs."""
@@ -75,10 +85,6 @@ class CurvatureMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         self.vectors, self.matvecs = state["vectors"], int(state["matvecs"])
-
-
-def _flatten_energy(result: Any) -> dict[str, float]:
-    raise NotImplementedError
 
 
 def product_cost(task: Task, model: nn.Module, batch_size: int, products: int = 10, repeats: int = 3) -> float:

@@ -56,7 +56,9 @@ def plan(task: str, optimizers: Sequence[str], seeds: Sequence[int], overrides: 
     return [compose_run(task, name, [*overrides, f"seed={seed}"]) for seed in seeds for name in optimizers]
 
 
-def perform(configs: Sequence[RunConfig], progress: RunProgress, say: Callable[[str], None] = lambda text: None) -> list[Path]:
+def perform(
+    configs: Sequence[RunConfig], progress: RunProgress, say: Callable[[str], None] = lambda text: None
+) -> list[Path]:
     """Do all runs; what is finished is taken as it is, what was interrupted goes on.
 
     The cost of a product is measured by the first run that needs it and then used for all of them: one number a

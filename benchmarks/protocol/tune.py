@@ -93,7 +93,7 @@ def tune(
 
     The seeds should be others than those that results are reported for.
     """
-    quiet = ["measure_every=0", "eval_every=0", "wandb.mode=disabled", *overrides]
+    quiet = ["measure_every=0", "energy_every=0", "eval_every=0", "wandb.mode=disabled", *overrides]
     given = compose_run(task, optimizer, quiet).optimizer
     if not isinstance(given.get(key), (int, float)):
         raise ConfigError(f"optimizer.{key} has no number to start from: give one, as optimizer.{key}=0.1")
@@ -101,7 +101,9 @@ def tune(
     def score(value: float) -> float:
         losses = []
         for seed in seeds:
-            outcome = execute(compose_run(task, optimizer, [*quiet, f"optimizer.{key}={value!r}", f"seed={seed}"]), progress)
+            outcome = execute(
+                compose_run(task, optimizer, [*quiet, f"optimizer.{key}={value!r}", f"seed={seed}"]), progress
+            )
             loss = outcome.record.get("train_loss", math.inf)
             losses.append(float(loss) if outcome.status == "done" else math.inf)
             progress.finish_run()

@@ -145,6 +145,25 @@ def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) ->
     return _save(figure, _long(records, [*names, "edge"]), folder, "eigenvalues")
 
 
+def energy_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
+    """Share of the Frobenius energy in the top k, of H, its Gauss-Newton part G and F = H - G, with standard errors."""
+    panels = {"hessian": "Hessian H", "ggn": "Gauss-Newton part G", "functional": "functional part F = H - G"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
+    for ax, (matrix, words) in zip(axes, panels.items(), strict=True):
+        for i, (label, runs) in enumerate(by_label(records).items()):
+            for j, run in enumerate(runs):
+                share = run.column(f"energy/{matrix}_frobenius")
+                error = run.column(f"energy/{matrix}_frobenius_error").reindex(share.index)
+                ax.errorbar(share.index, share, yerr=error, label=None if j else label, capsize=2, **style(i))
+        ax.set(xlabel="steps", title=words)
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel(r"$\|A V\|_F^2 / \|A\|_F^2$")
+    axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(f"{title}: curvature energy in the top k", y=1.02)
+    columns = [f"energy/{m}_{k}{e}" for m in panels for k in ("trace", "frobenius") for e in ("", "_error")]
+    return _save(figure, _long(records, columns), folder, "curvature_energy")
+
+
 def all_figures(records: Sequence[RunRecord], folder: Path, title: str, target: float | None) -> list[Path]:
     """Every figure that the records have data for."""
     paths = loss_figures(records, folder, title, target)
@@ -152,4 +171,6 @@ def all_figures(records: Sequence[RunRecord], folder: Path, title: str, target: 
         paths.append(alignment_figure(records, folder, title))
     if any(len(r.column("lambda/1")) for r in records):
         paths.append(eigenvalue_figure(records, folder, title))
+    if any(len(r.column("energy/hessian_frobenius")) for r in records):
+        paths.append(energy_figure(records, folder, title))
     return paths

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.report.records import AXES, RunRecord, by_label
-
 
 _FORMS = {"step": ",.0f", "gradient_equivalents": ",.0f", "seconds": ".2f"}
 
@@ -125,7 +125,7 @@ def summarise(records: Sequence[RunRecord], target: float | None) -> list[Row]:
 
 def _results(rows: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
     header = ["optimizer", "status", "train loss", "test accuracy"]
-    header += [] if target is None else [f"{name} to {target:g}" for name in AXES.values()]
+    header += [] if target is None else list(AXES.values())
     body = []
     for r in rows:
         accuracy = Spread(tuple(100 * v for v in r.test_accuracy.values)).text(".2f")
@@ -137,7 +137,7 @@ def _results(rows: Sequence[Row], target: float | None) -> tuple[list[str], list
 
 
 def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["optimizer", "products", "refreshes", "base ms/step", "refresh ms/step", "projection ms/step", "share of update in top k"]
+    header = ["optimizer", "products", "refreshes", "base", "refresh", "projection", "chi"]
     body = [
         [
             r.label,
@@ -153,22 +153,33 @@ def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def _captions(target: float | None) -> tuple[str, str]:
+    first = "Train loss and test accuracy at the end."
+    if target is not None:
+        first += f" Steps, gradient-equivalents and seconds to a train loss of {target:g}."
+    second = (
+        "Curvature products and refreshes in all; base, refresh and projection in milliseconds a step; "
+        "chi: mean share of the update in the top k, by the harness's own basis."
+    )
+    return first, second
+
+
 def markdown(rows: Sequence[Row], target: float | None) -> str:
     """Two Markdown tables: what was reached, and what it cost."""
     parts = []
-    for header, body in (_results(rows, target), _costs(rows)):
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        parts.append("\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)]))
+    for caption, (header, body) in zip(_captions(target), (_results(rows, target), _costs(rows)), strict=True):
+        lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        parts += [caption, "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)])]
     return "\n\n".join(parts) + "\n"
 
 
 def terminal(rows: Sequence[Row], target: float | None, title: str) -> list[Table]:
     """The same two for rich."""
     tables = []
-    for name, (header, body) in ((title, _results(rows, target)), ("cost", _costs(rows))):
-        table = Table(title=name)
+    for caption, (header, body) in zip(_captions(target), (_results(rows, target), _costs(rows)), strict=True):
+        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, column in enumerate(header):
-            table.add_column(column, justify="left" if i == 0 else "right", min_width=len(max(column.split(), key=len)))
+            table.add_column(column, justify="left" if i == 0 else "right", min_width=8)
         for line in body:
             table.add_row(*line)
         tables.append(table)
@@ -189,10 +200,14 @@ def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
             lines.append(f"No optimizer reached a train loss of {target:g}.")
             break
         order = sorted(reached, key=lambda r: r.to_target[axis].median)
-        others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(_FORMS[axis])})" for r in order[1:3])
+        least = order[0].to_target[axis].median
+        first = [r for r in order if r.to_target[axis].median == least]
+        rest = order[len(first) : len(first) + 3]
+        names = " and ".join(filter(None, [", ".join(r.label for r in first[:-1]), first[-1].label]))
+        others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(_FORMS[axis])})" for r in rest)
         lines.append(
-            f"Fewest {name} to {target:g}: {order[0].label} ({order[0].to_target[axis].text(_FORMS[axis])})"
-            f"{others if len(order) > 1 else ''}."
+            f"Fewest {name} to {target:g}: {names} ({first[0].to_target[axis].text(_FORMS[axis])}"
+            f"{', a tie' if len(first) > 1 else ''}){others if rest else ''}."
         )
     seeds = min((r.seeds for r in rows), default=0)
     if seeds == 1:

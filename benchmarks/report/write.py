@@ -49,7 +49,12 @@ def write_report(folders: Sequence[Path], out: Path, console: Console, target: f
 
 
 def _page(
-    records: Sequence[RunRecord], folders: Sequence[Path], title: str, table: str, lines: Sequence[str], figures: Sequence[Path]
+    records: Sequence[RunRecord],
+    folders: Sequence[Path],
+    title: str,
+    table: str,
+    lines: Sequence[str],
+    figures: Sequence[Path],
 ) -> str:
     first = records[0]
     meta_file = Path(folders[0]) / "meta.json"
@@ -59,19 +64,26 @@ def _page(
     seeds = ", ".join(map(str, sorted({r.config.seed for r in records})))
     facts = [
         f"Data: {data}. {first.config.steps:,} steps, batches of {first.config.batch_size}, "
-        f"curvature on a fixed batch of {first.config.task['curvature_examples']:,}. Seeds: {seeds}.",
+        f"evaluated every {first.config.eval_every}; curvature on a fixed batch of "
+        f"{first.config.task['curvature_examples']:,}. Seeds: {seeds}.",
         "A gradient-equivalent is one gradient of a training batch; a curvature product counts "
         + (f"{cost:.1f} of them, as measured once on this machine." if cost else "as many as measured."),
         "Seconds hold training, refreshes and projections, not evaluation and not the harness's own measurements.",
         f"Measured on {meta.get('processor', 'unknown')}, {first.config.threads} thread, torch {meta.get('torch', '?')}, "
         f"commit {meta.get('commit', '?')}, {str(meta.get('date', '?'))[:10]}.",
     ]
-    failed = [f"- {r.label}, seed {r.config.seed}: {r.status}: {r.result.get('reason', '')}" for r in records if r.status != "done"]
+    failed = [
+        f"- {r.label}, seed {r.config.seed}: {r.status}: {r.result.get('reason', '')}"
+        for r in records
+        if r.status != "done"
+    ]
     warned = list(dict.fromkeys(f"- {r.label}: {text}" for r in records for text in r.result.get("warnings", [])))
     settings = ["| optimizer | settings |", "|---|---|"]
     for record in {r.label: r for r in records}.values():
         given = {k: v for k, v in record.config.optimizer.items() if k not in ("file", "zoo", "label")}
-        settings.append(f"| {record.label} | `{record.config.optimizer['zoo']}` {', '.join(f'{k}={v}' for k, v in given.items())} |")
+        settings.append(
+            f"| {record.label} | `{record.config.optimizer['zoo']}` {', '.join(f'{k}={v}' for k, v in given.items())} |"
+        )
     parts = [
         f"# {title}",
         "\n\n".join(facts),

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from curvopt._errors import MissingExtraError
 
 from .jsonl import decode
 
-__all__ = ["WandbRun", "read_run"]
+__all__ = ["WandbRun", "holds_exit", "read_run"]
 
 _HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
 _BLOCK = 32 * 1024
@@ -88,6 +89,15 @@ def read_run(path: str | os.PathLike[str], run_id: str | None = None) -> WandbRu
     return _merge(parts)
 
 
+def holds_exit(path: str | os.PathLike[str]) -> bool:
+    """Whether a `.wandb` file holds the record that its writer ends with, so that nothing more is to come."""
+    messages = _messages()
+    last: deque[bytes] = deque(maxlen=8)  # the exit and the few that may follow it
+    data = Path(path).read_bytes()
+    last.extend(payload for payload in _payloads(data) if payload is not None)
+    return any(messages.Record.FromString(payload).WhichOneof("record_type") == "exit" for payload in last)
+
+
 def _merge(parts: list[WandbRun]) -> WandbRun:
     merged = WandbRun(parts[0].run_id)
     for part in parts:
@@ -107,11 +117,16 @@ def _merge(parts: list[WandbRun]) -> WandbRun:
     return merged
 
 
-def _read_file(path: Path) -> WandbRun:
+def _messages() -> Any:
     try:
         from wandb.proto import wandb_internal_pb2
     except ImportError as error:
         raise MissingExtraError('reading wandb\'s files needs wandb: pip install "curvopt-torch[wandb]"') from error
+    return wandb_internal_pb2
+
+
+def _read_file(path: Path) -> WandbRun:
+    messages = _messages()
     data = path.read_bytes()
     if data[: len(_HEADER)] != _HEADER:
         raise ValueError(f"{path}: no wandb file: it starts with {data[:7].hex(' ') or 'nothing'}")
@@ -120,9 +135,7 @@ def _read_file(path: Path) -> WandbRun:
         if payload is None:
             run.torn = False
             break
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(payload)
-        _take(run, record)
+        _take(run, messages.Record.FromString(payload))
     run.summary = decode(run.summary)  # NaN and infinities are text there, see WandbSink.summary
     return run
 

@@ -15,6 +15,7 @@ import os
 import queue
 import secrets
 import threading
+import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,14 @@ from typing import Any
 from ..files import atomic_write_text
 from .base import SinkWarning, check_record, plain
 from .jsonl import encode
+from .wandb_reader import holds_exit
 
 __all__ = ["WandbSink", "choose_mode"]
 
 _ID_FILE = "wandb-run-id.txt"
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-_GRACE = 5.0  # seconds beyond wandb's own time-out at the end
+_OFFLINE_INIT = 30.0  # seconds
+_GRACE = 5.0  # seconds for wandb's file to be completed, and as many again before it is left behind
 _QUEUE = 20_000  # records that may wait; a wandb that is this far behind is stuck
 
 
@@ -42,7 +45,7 @@ class WandbSink:
         project, name, group, tags: As in wandb.
         run_id: wandb's id; None takes that of `folder` (so that a resumed run is the same run), or makes one.
         resume_step: The step that a resumed run continues from.
-        init_timeout: Seconds that wandb gets to open a run, for each of the two modes it may try.
+        init_timeout: Seconds that wandb gets to open a run online before it goes offline.
         finish_timeout: Seconds that wandb gets to upload at the end; what is left stays on disk for `wandb sync`.
     """
 
@@ -143,19 +146,19 @@ class WandbSink:
         self._report()
 
     def finish(self, status: str = "finished") -> None:
-        """Closes the run and waits for it, at most `finish_timeout` and a little; a second call does nothing.
+        """Closes the run and waits until its file is complete, at most `finish_timeout` and a little.
 
-        Of a run that failed, wandb may still be writing the end of its file for a moment after this returns.
+        A second call does nothing.
         """
         if self._thread is not None:
             code = 0 if status == "finished" else 1
-            self._submit(lambda: self._run.finish(exit_code=code))
+            self._submit(lambda: self._close(code))
             with contextlib.suppress(queue.Full):
                 self._tasks.put(None, timeout=self._finish_timeout)
             # wandb's own finish_timeout comes first; this one holds when even that is stuck.
-            if not self._done.wait(self._finish_timeout + _GRACE):
+            if not self._done.wait(self._finish_timeout + 2 * _GRACE):
                 self._problems.put(
-                    f"wandb did not finish within {self._finish_timeout + _GRACE:g} s and is left behind; "
+                    f"wandb did not finish within {self._finish_timeout + 2 * _GRACE:g} s and is left behind; "
                     f"its files are in {self.folder / 'wandb'}, `wandb sync` uploads them"
                 )
             self._thread = None
@@ -170,7 +173,8 @@ class WandbSink:
         self.run_id = self.run_id or self._remembered_id()
         self._thread = threading.Thread(target=self._work, name="wandb-sink", daemon=True)
         self._thread.start()
-        limit = 2 * self._init_timeout + 30  # online, then offline, and the import
+        # Online, then offline; twice, because wandb checks the key and starts its service beside them, and the import.
+        limit = 2 * (self._init_timeout + max(self._init_timeout, _OFFLINE_INIT))
         if not self._ready.wait(limit):
             self._thread, self.mode = None, "disabled"
             self._problems.put(f"wandb did not start within {limit:g} s and is switched off")
@@ -219,7 +223,8 @@ class WandbSink:
             "x_disable_stats": True,
             "x_disable_meta": True,
             "x_save_requirements": False,
-            "init_timeout": self._init_timeout,
+            # Offline nothing but a busy machine can be slow, and there is no third way to fall back to.
+            "init_timeout": self._init_timeout if mode == "online" else max(self._init_timeout, _OFFLINE_INIT),
             "login_timeout": self._init_timeout,
             "finish_timeout": self._finish_timeout,
             # A run of the user's own in this process stays untouched, and ours is not handed out in its place.
@@ -234,6 +239,18 @@ class WandbSink:
             resume="allow" if self._resumed and mode == "online" else None,
             **self._labels,
         )
+
+    def _close(self, code: int) -> None:
+        """Finishes the run; its file is written by another process, which may be behind when wandb returns."""
+        self._run.finish(exit_code=code)
+        file = getattr(self._run.settings, "sync_file", None)
+        deadline, seen = time.monotonic() + _GRACE, -1
+        while file and time.monotonic() < deadline:
+            if os.path.exists(file) and (size := os.path.getsize(file)) != seen:
+                seen = size
+                if holds_exit(file):
+                    return
+            time.sleep(0.02)
 
     def _retry_offline(self, task: Callable[[], None], error: Exception) -> None:
         if isinstance(task, _Optional):

@@ -47,6 +47,8 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
         ValueError: an argument is out of range; the text names it.
     """
 
+    _laid_out = False
+
     def __init__(
         self,
         base: Optimizer,
@@ -167,6 +169,7 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
 
     def _step(self, closure: Closure | None) -> Any:
         engine = self._engine
+        self._take_blocks_away()
         watch = _GradientWatch(self, closure)
         moved = self._may_move()
         old = [p.detach().clone() for p in moved]
@@ -188,8 +191,26 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
             )
         if moved:
             self._split(moved, old, watch.present)
+        if engine.at_rest:
+            self._lay_blocks_out()
         engine.after_step()
         return loss
+
+    # torch.distributed.checkpoint builds empty state by a step at lr 0, and restores flattened checkpoints by the keys
+    # that it then finds in ``state``. So they lie there until the next step, which takes them away before the base looks.
+    def _lay_blocks_out(self) -> None:
+        self._laid_out = True
+        for p, entry in blocks_of(self._engine):
+            self.base.state[p].update({SAVED + key: block for key, block in entry.items()})
+
+    def _take_blocks_away(self) -> None:
+        if not self._laid_out:
+            return
+        self._laid_out = False
+        for p, _ in blocks_of(self._engine):
+            left = {key: value for key, value in self.base.state.pop(p, {}).items() if not str(key).startswith(SAVED)}
+            if left:
+                self.base.state[p] = left
 
     def _may_move(self) -> list[Tensor]:
         """The parameters whose displacement must be known after the base's step."""
@@ -259,6 +280,7 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         check_saved(self._engine, state_dict, SAVED)
+        self._laid_out = False  # the base is about to replace its state
         own = {}
         for i, entry in state_dict["state"].items():
             left = {key: value for key, value in entry.items() if not str(key).startswith(SAVED)}
@@ -273,6 +295,7 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; pickling drops the operator, see ``curvature``."""
         self._engine.export()
+        self._take_blocks_away()
         return {
             "defaults": self.defaults,
             "base": self.base,

@@ -1,8 +1,8 @@
 """Every optimizer, ours and others', under one name, with its facts and its search space."""
 
-from curvopt.zoo import ours as _ours
-from curvopt.zoo import third_party as _third_party
-from curvopt.zoo import torch_optim as _torch_optim
+from curvopt.zoo import ours as ours
+from curvopt.zoo import third_party as third_party
+from curvopt.zoo import torch_optim as torch_optim
 from curvopt.zoo.registry import Choice as Choice
 from curvopt.zoo.registry import Entry as Entry
 from curvopt.zoo.registry import Range as Range

@@ -11,9 +11,7 @@ _SPACE: SearchSpace = {"lr": Range(1e-4, 10.0), "momentum": Choice((0.0, 0.9))}
 _COEFFICIENTS = ("dominant", "bulk")
 
 
-def _entry(
-    name: str, cls: str, search: SearchSpace = _SPACE, remarks: str = "", omits: tuple[str, ...] = ()
-) -> Entry:
+def _entry(name: str, cls: str, search: SearchSpace = _SPACE, remarks: str = "", omits: tuple[str, ...] = ()) -> Entry:
     return Entry(
         name,
         f"curvopt.optim.sgd:{cls}",

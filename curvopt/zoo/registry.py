@@ -155,9 +155,7 @@ def _load(entry: Entry) -> type[torch.optim.Optimizer]:
     except ImportError as error:
         if root not in _EXTRAS:
             raise
-        raise MissingExtraError(
-            f'{entry.name!r} needs {root}: pip install "curvopt-torch[{_EXTRAS[root]}]"'
-        ) from error
+        raise MissingExtraError(f'{entry.name!r} needs {root}: pip install "curvopt-torch[{_EXTRAS[root]}]"') from error
 
 
 def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
@@ -167,7 +165,9 @@ def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
-        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[2:]  # self, then params or base
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[
+            2:
+        ]  # self, then params or base
         named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
         found = {**{p.name: None if p.default is empty else p.default for p in named}, **found}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -195,7 +195,10 @@ def wrapper_defaults() -> dict[str, Any]:
     from curvopt.optim.config import SubspaceConfig
 
     own = _signature(_load(_WRAPPER))
-    return {**{f.name: f.default for f in fields(SubspaceConfig)}, **{k: v for k, v in own.items() if k in _WRAPPER_OWN}}
+    return {
+        **{f.name: f.default for f in fields(SubspaceConfig)},
+        **{k: v for k, v in own.items() if k in _WRAPPER_OWN},
+    }
 
 
 def describe(name: str) -> Entry:

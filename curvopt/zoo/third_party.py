@@ -18,7 +18,14 @@ _WORKING: dict[str, tuple[str, str, float | None, bool, str, str]] = {
     "DiffGrad": ("diffgrad", "adaptive", 3, False, "arXiv 1909.11015", ""),
     "LARS": ("lars", "sgd", 0, False, "arXiv 1708.03888", ""),
     "Lamb": ("lamb", "adaptive", 2, False, "arXiv 1904.00962", ""),
-    "MADGRAD": ("madgrad", "adaptive", 3, True, "arXiv 2101.11075", "A learning rate of 0 does not freeze the parameters."),
+    "MADGRAD": (
+        "madgrad",
+        "adaptive",
+        3,
+        True,
+        "arXiv 2101.11075",
+        "A learning rate of 0 does not freeze the parameters.",
+    ),
     "NovoGrad": ("novograd", "adaptive", 1, False, "arXiv 1905.11286", ""),
     "PID": ("pid", "sgd", 3, False, "CVPR 2018", ""),
     "QHAdam": ("qhadam", "adaptive", 2, False, "arXiv 1810.06801", ""),
@@ -28,7 +35,14 @@ _WORKING: dict[str, tuple[str, str, float | None, bool, str, str]] = {
     "SGDP": ("sgdp", "sgd", 1, False, "arXiv 2006.08217", ""),
     "SGDW": ("sgdw", "sgd", 0, False, "arXiv 1711.05101", ""),
     "SWATS": ("swats", "adaptive", 2, False, "arXiv 1712.07628", ""),
-    "Shampoo": ("shampoo", "matrix", None, False, "arXiv 1802.09568", "A singular value decomposition each step: slow."),
+    "Shampoo": (
+        "shampoo",
+        "matrix",
+        None,
+        False,
+        "arXiv 1802.09568",
+        "A singular value decomposition each step: slow.",
+    ),
     "Yogi": ("yogi", "adaptive", 2, False, "NeurIPS 2018", ""),
 }
 

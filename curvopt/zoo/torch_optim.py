@@ -50,8 +50,15 @@ register(
         search={"lr": Range(1e-4, 10.0)},
         remarks="The average is kept in state 'ax'; the parameters themselves are not averaged.",
     ),
-    _entry("rprop", "Rprop", "sign", 2, paper="Riedmiller and Braun 1993", search={"lr": Range(1e-5, 1e-1)},
-           remarks="Meant for full batches."),
+    _entry(
+        "rprop",
+        "Rprop",
+        "sign",
+        2,
+        paper="Riedmiller and Braun 1993",
+        search={"lr": Range(1e-5, 1e-1)},
+        remarks="Meant for full batches.",
+    ),
     _entry("adafactor", "Adafactor", "adaptive", None, paper="arXiv 1804.04235", search={"lr": Range(1e-4, 1e-1)}),
     _entry(
         "lbfgs",

@@ -21,7 +21,15 @@ def _problem(seed=0, dtype=torch.float32):  # torch casts saved scalars to it: N
 
 
 # Learning rates at which 12 full-batch steps lower this loss; the library's own defaults hardly move in 12 steps.
-_LR = {"sgd": 0.1, "adaptive": 0.01, "sign": 0.01, "quasi-newton": 0.5, "matrix": 0.02, "curvature": 0.05, "subspace": 0.1}
+_LR = {
+    "sgd": 0.1,
+    "adaptive": 0.01,
+    "sign": 0.01,
+    "quasi-newton": 0.5,
+    "matrix": 0.02,
+    "curvature": 0.05,
+    "subspace": 0.1,
+}
 _OWN_LR = {
     "adadelta": 1.0,
     "torch-optimizer/accsgd": 0.01,
@@ -106,7 +114,13 @@ def test_arguments_override_fixed_ones():
 def test_wrapper_arguments_go_to_the_wrapper_and_others_to_the_base():
     model, loss, data = _problem()
     wrapped = zoo.create(
-        "bulk+adamw", model.parameters(), lr=0.02, weight_decay=0.3, curvature=Hessian(model, loss, data), rank=2, bulk=1.5
+        "bulk+adamw",
+        model.parameters(),
+        lr=0.02,
+        weight_decay=0.3,
+        curvature=Hessian(model, loss, data),
+        rank=2,
+        bulk=1.5,
     )
     assert isinstance(wrapped.base, torch.optim.AdamW)
     assert wrapped.base.defaults["lr"] == 0.02 and wrapped.base.defaults["weight_decay"] == 0.3
@@ -210,7 +224,9 @@ def test_unknown_argument_names_the_nearest(name, text):
 
 def test_unavailable_says_why():
     model, _, _ = _problem()
-    with pytest.raises(zoo.UnavailableOptimizerError, match="'torch-optimizer/ranger' does not work here: ignores the closure"):
+    with pytest.raises(
+        zoo.UnavailableOptimizerError, match="'torch-optimizer/ranger' does not work here: ignores the closure"
+    ):
         zoo.create("torch-optimizer/ranger", model.parameters())
 
 

@@ -1,0 +1,177 @@
+"""metric="preconditioner": basis and projector in the geometry of Adam's second moments, against dense float64."""
+
+import pytest
+import torch
+
+from curvopt.optim import SubspaceScaled, rules
+from tests.quadratics import Quartic, flat, leading, parameters, rotation, with_spectrum
+
+SHAPES = [(2, 2), (3,), (1, 2)]
+MATRIX = with_spectrum([9.0, 6.0, 5.0, 4.5, 3.0, 1.0, 0.5, 0.3, 0.1])
+RANK = 3
+EXACT = dict(rank=RANK, tol=1e-12, metric="preconditioner")
+ADAM = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-4)
+
+
+def problem(c=0.05):
+    params = parameters(SHAPES)
+    return params, Quartic(MATRIX, params, c)
+
+
+class Twin:
+    """Adam, AdamW or AMSGrad and the split in its metric, on one float64 vector."""
+
+    def __init__(self, pair, every, decay=0.0, decoupled=False, amsgrad=False, lr=0.02, betas=(0.8, 0.95), eps=1e-4):
+        params, self.op = problem()
+        self.x = flat(params)
+        self.pair, self.every, self.decay, self.decoupled, self.amsgrad = pair, every, decay, decoupled, amsgrad
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.m, self.v, self.top = (torch.zeros_like(self.x) for _ in range(3))
+        self.t, self.q = 0, None
+
+    def scale(self):
+        second = self.top if self.amsgrad else self.v
+        return (second / (1 - self.betas[1] ** self.t)).sqrt() + self.eps
+
+    def step(self):
+        if self.t >= 10 and (self.t - 10) % self.every == 0:
+            d = self.scale()
+            self.q = leading(self.op.dense(self.x) / (d[:, None] * d[None, :]).sqrt(), RANK)[1]
+        g = self.op.slope(self.x) + (0.0 if self.decoupled else self.decay) * self.x
+        self.t += 1
+        self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g
+        self.v = self.betas[1] * self.v + (1 - self.betas[1]) * g * g
+        self.top = torch.maximum(self.top, self.v)
+        u = -self.lr * self.m / (1 - self.betas[0] ** self.t) / self.scale()
+        if self.q is not None:
+            root = self.scale().sqrt()
+            inside = (self.q @ (self.q.T @ (root * u))) / root
+            u = self.pair[0] * inside + self.pair[1] * (u - inside)
+        self.x = self.x - (self.lr * self.decay * self.x if self.decoupled else 0.0) + u
+
+
+BASES = {
+    "adam": (torch.optim.Adam, dict(), dict()),
+    "adam with decay": (torch.optim.Adam, dict(weight_decay=0.2), dict(decay=0.2)),
+    "adamw": (torch.optim.AdamW, dict(weight_decay=0.2), dict(decay=0.2, decoupled=True)),
+    "amsgrad": (torch.optim.AdamW, dict(weight_decay=0.1, amsgrad=True), dict(decay=0.1, decoupled=True, amsgrad=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::curvopt._errors.GapWarning")  # no gap after the third value, on purpose:
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (0.4, 1.3)])
+def test_runs_follow_their_dense_twin(name, pair):
+    # ... each refresh then is a Lanczos chain of k + 6 = P products, exact to rounding.
+    cls, options, twin_options = BASES[name]
+    params, op = problem()
+    opt = SubspaceScaled(
+        cls(params, **ADAM, **options), curvature=op, dominant=pair[0], bulk=pair[1], refresh_every=5, **EXACT
+    )
+    twin = Twin(pair, 5, **twin_options)
+    for step in range(25):
+        op.backward()
+        opt.step()
+        twin.step()
+        assert opt.subspace.ready == (step >= 10)
+        error = (flat(params) - twin.x).norm() / twin.x.norm()
+        assert error < 1e-9, step
+    assert opt.subspace.refreshes == 3
+
+
+def test_ones_are_the_base():
+    params, op = problem()
+    base_params, base_op = problem()
+    opt = SubspaceScaled(torch.optim.AdamW(params, **ADAM), curvature=op, refresh_every=5, **EXACT)
+    base = torch.optim.AdamW(base_params, **ADAM)
+    for _ in range(25):
+        op.backward()
+        opt.step()
+        base_op.backward()
+        base.step()
+    assert opt.subspace.refreshes == 3
+    assert (flat(params) - flat(base_params)).norm() < 1e-14 * flat(params).norm()
+
+
+def test_dom_and_bulk_share_the_displacement_outside_of_decay():
+    def moved(dominant, bulk):
+        params, op = problem(c=0.0)
+        base = torch.optim.AdamW(params, **ADAM, weight_decay=0.3)
+        opt = SubspaceScaled(base, curvature=op, dominant=dominant, bulk=bulk, refresh_every="frozen", **EXACT)
+        generator = torch.Generator().manual_seed(0)
+        before = flat(params)
+        for _ in range(11):
+            before = flat(params)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            opt.step()
+        return flat(params) - before + ADAM["lr"] * 0.3 * before
+
+    dom, bulk, base = moved(1.0, 0.0), moved(0.0, 1.0), moved(1.0, 1.0)
+    assert dom.norm() > 0.1 * base.norm() and bulk.norm() > 0.1 * base.norm()
+    assert (dom + bulk - base).norm() < 1e-12 * base.norm()
+
+
+def test_a_parameter_whose_gradient_comes_late_is_left_out_of_the_metric():
+    params, op = problem(c=0.0)
+    opt = SubspaceScaled(torch.optim.Adam(params, **ADAM), curvature=op, refresh_every=4, bulk=1.0, dominant=0.2, **EXACT)
+    for step in range(20):
+        op.backward()
+        if step < 12:
+            params[1].grad = None
+        before = params[1].detach().clone()
+        opt.step()
+        assert torch.equal(before, params[1].detach()) == (step < 12)
+        if step == 10:  # the basis has nothing where the base has seen no gradient
+            rows = opt.subspace.basis
+            assert torch.equal(rows[4:7], torch.zeros(3, RANK, dtype=torch.float64))
+            assert rows[:4].norm() > 0.1
+    assert opt.subspace.basis[4:7].norm() > 1e-3
+    assert torch.isfinite(flat(params)).all()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_bases_without_second_moments_are_an_error(base):
+    params, op = problem()
+    opt = SubspaceScaled(base(params, lr=0.01), curvature=op, **EXACT)
+    with pytest.raises(ValueError, match="metric='preconditioner' needs exp_avg_sq"):
+        for _ in range(11):
+            op.backward()
+            opt.step()
+
+
+def test_per_layer_is_an_error():
+    params, op = problem()
+    with pytest.raises(ValueError, match="layout='whole'"):
+        SubspaceScaled(torch.optim.Adam(params), curvature=op, layout="layer", **EXACT)
+
+
+def test_adams_update_is_dominant_in_its_metric_and_not_in_the_euclidean_one():
+    # A separable quadratic with values from 1e-2 to 1e3, slightly rotated, under gradient noise. Adam makes steps of the
+    # same size along every coordinate, so k of P Euclidean directions hold some k / P of its update; in the metric the
+    # steep directions are those in which the preconditioned curvature is large.
+    size, k = 40, 4
+    small = torch.matrix_exp(0.02 * (rotation(size, 1) - rotation(size, 1).T))
+    values = torch.logspace(-2, 3, size, dtype=torch.float64)
+    matrix = small @ torch.diag(values) @ small.T
+    params = [torch.randn(size, dtype=torch.float64).requires_grad_()]
+    op = Quartic(matrix, params)
+    base = torch.optim.Adam(params, lr=0.05, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(3)
+    shares = {"euclidean": [], "metric": []}
+    for step in range(400):
+        before = flat(params)
+        # noise that is the same in every coordinate: flat ones are drowned in it
+        op.backward(3.0 * torch.randn(size, generator=generator, dtype=torch.float64))
+        base.step()
+        u = flat(params) - before
+        if step >= 300:
+            state = base.state[params[0]]
+            d = (state["exp_avg_sq"] / (1 - 0.99 ** float(state["step"]))).sqrt() + 1e-8
+            euclid = leading(matrix, k)[1]
+            q = leading(matrix / (d[:, None] * d[None, :]).sqrt(), k)[1]
+            shares["euclidean"].append(rules.dominant_share([euclid.T.contiguous()], [u]))
+            shares["metric"].append(rules.dominant_share([q.T.contiguous()], [d.sqrt() * u]))
+    euclidean, metric = (torch.stack(shares[key]).mean().item() for key in ("euclidean", "metric"))
+    assert metric > 2 * euclidean
+    assert metric > 0.7
