@@ -105,6 +105,8 @@ class Entry:
         elementwise: each parameter moves by its own gradient alone.
         first_refresh: steps before the first refresh.
         products: whether a refresh multiplies with the curvature.
+        copies: the base survives deepcopy and pickle.
+        resumes: dtypes of parameters in which the base continues bit for bit from its own checkpoint.
     """
 
     name: str
@@ -117,6 +119,8 @@ class Entry:
     elementwise: bool = True
     first_refresh: int = 0
     products: bool = True
+    copies: bool = True
+    resumes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 
     @property
     def free(self) -> bool:
@@ -180,7 +184,8 @@ ENTRIES: list[Entry] = [
         wrapper=True,
         first_refresh=10,
     ),
-    Entry("SubspaceScaled(NAdam)", _wrapped(NADAM), NADAM, HALF, wrapper=True),
+    # NAdam keeps a float32 scalar in its state, which load_state_dict casts to the parameter's dtype.
+    Entry("SubspaceScaled(NAdam)", _wrapped(NADAM), NADAM, HALF, wrapper=True, resumes=(torch.float32,)),
     Entry("SubspaceScaled(RMSprop)", _wrapped(RMSPROP), RMSPROP, HALF, wrapper=True),
     Entry("SubspaceScaled(Careless)", _wrapped(CARELESS), CARELESS, HALF, wrapper=True),
     Entry(
@@ -192,6 +197,7 @@ ENTRIES: list[Entry] = [
         needs_closure=True,
         one_group=True,
         elementwise=False,
+        copies=False,  # LBFGS._params is not among what __getstate__ returns
     ),
 ]
 BY_NAME = {entry.name: entry for entry in ENTRIES}
