@@ -24,7 +24,8 @@ class RunFolder:
     """The files of one run.
 
     ``config.yaml`` the resolved configuration, ``meta.json`` versions and machine, ``log.jsonl`` the record,
-    ``checkpoint.pt`` the state, ``product_cost.json`` what a product costs, ``result.json`` the outcome, ``DONE`` once all of them are final.
+    ``checkpoint.pt`` the state, ``product_cost.json`` what a product costs, ``result.json`` the outcome, and ``DONE``
+    once all of them are final.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -122,6 +122,7 @@ class Run:
         torch.manual_seed(1000 * config.seed + _NOISE_SEED)
         self.entry = zoo.describe(config.optimizer["zoo"])
         self.optimizer = self._build_optimizer()
+        self._announce_refreshes()
         self.account = Account(self.optimizer, self.entry, math.nan)
         self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank) if self._meters else None
         self.watch = Stopwatch(self.device)
@@ -140,6 +141,19 @@ class Run:
         if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
             given["curvature"] = self.task.curvature(self.model)
         return zoo.create(self.config.optimizer["zoo"], params, **given)
+
+    def _announce_refreshes(self) -> None:
+        """Let the bar say when the optimizer refreshes its basis."""
+        subspace = getattr(self.optimizer, "subspace", None)
+        if subspace is None:
+            return
+        refresh = subspace.refresh
+
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            with self.progress.phase("refreshing the basis"):
+                return refresh(*args, **kwargs)
+
+        subspace.refresh = announced
 
     def measure_cost(self) -> None:
         """Set what a product costs: pinned by the config, else measured once and kept in the checkpoint."""

@@ -53,7 +53,8 @@ def _curve(ax: Axes, runs: Sequence[RunRecord], x: str, y: str, index: int, labe
         values = run.column(y)
         if len(values):
             xs = values.index if x == "step" else run.frame.loc[values.index, x]
-            lines.append((list(xs), list(values)))
+            points = [(a, b) for a, b in zip(xs, values, strict=True) if a > 0 or ax.get_xscale() == "linear"]
+            lines.append(([a for a, _ in points], [b for _, b in points]))
     for i, (xs, ys) in enumerate(lines):
         ax.plot(
             xs,
@@ -74,6 +75,8 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
     paths = []
     for x, words in AXES.items():
         figure, ax = plt.subplots(figsize=(7.5, 4.6))
+        if x == "gradient_equivalents":
+            ax.set_xscale("log")  # one refresh costs as much as hundreds of steps; the start, at 0, is not shown
         for i, (label, runs) in enumerate(by_label(records).items()):
             _curve(ax, runs, x, "train_loss", i, label)
         if target is not None:
@@ -82,8 +85,6 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
                 f"target {target:g}", (0.005, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
             )
         ax.set(yscale="log", xlabel=words, ylabel="train loss (whole training set)", title=title)
-        if x == "gradient_equivalents":
-            ax.set_xscale("log")  # one refresh costs as much as hundreds of steps; the start, at 0, is not shown
         ax.grid(alpha=0.25)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         columns = ["train_loss", "test_loss", "test_accuracy", "gradient_equivalents", "seconds"]

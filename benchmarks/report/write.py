@@ -29,7 +29,9 @@ def write_report(folders: Sequence[Path], out: Path, console: Console, target: f
     Returns:
         the path of ``report.md``.
     """
-    records = [load_record(f) for f in folders]
+    if not folders:
+        raise ConfigError("no runs to report")
+    records = sorted((load_record(f) for f in folders), key=lambda r: (r.label, r.config.seed))
     tasks = sorted({str(r.config.task["file"]) for r in records})
     if len(tasks) > 1:
         raise ConfigError(f"a report compares runs of one task, these are of {', '.join(tasks)}")

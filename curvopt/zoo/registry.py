@@ -287,7 +287,8 @@ def create(name: str, params: Any, **kw: Any) -> torch.optim.Optimizer:
         _check_keys(name, kw, {**own, **describe(base_name).defaults})
         mine = {k: v for k, v in kw.items() if k in own}
         base = create(base_name, params, **{k: v for k, v in kw.items() if k not in own})
-        return _load(_WRAPPER)(base, **{**COMPOSED[how], **mine})
+        wrapper: Any = _load(_WRAPPER)
+        return wrapper(base, **{**COMPOSED[how], **mine})
     entry = _status(_plain(name))
     if not entry.available:
         if entry.reason.endswith("installed") or "pip install" in entry.reason:
