@@ -87,7 +87,8 @@ def _run(problem: Problem, batch: Batch, quantity: str) -> list[Tensor | None]:
     known = known_loss(problem.loss_fn)
     index = problem.layout.index()
     with problem.quiet(batch), _own_hooks(backpack):
-        twins, found = [], {}
+        twins: list[nn.Module] = []
+        found: dict[int, nn.Parameter] = {}
         for _, module in layer_chain(problem.model):
             twin, pairs = _shared_copy(module, set(index))
             twins.append(twin)

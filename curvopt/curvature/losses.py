@@ -61,7 +61,7 @@ def recognise(loss_fn: Callable[..., Any]) -> KnownLoss | None:
             if isinstance(loss_fn, cls) and type(loss_fn).forward is cls.forward:
                 if loss_fn.reduction not in ("mean", "sum"):
                     return None
-                return KnownLoss(kind, loss_fn.reduction, {name: getattr(loss_fn, name) for name in names})
+                return KnownLoss(kind, str(loss_fn.reduction), {name: getattr(loss_fn, name) for name in names})
         return None
     given: dict[str, Any] = {}
     function: Any = loss_fn

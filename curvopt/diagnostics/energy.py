@@ -157,7 +157,7 @@ class CurvatureEnergy(Split):
 
 
 def _split_dict(split: Split) -> dict[str, Any]:
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for name in MATRICES:
         entry: MatrixEnergy = getattr(split, name)
         out[name] = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from curvopt._errors import CurvatureError, CurvatureModeWarning, DoubleBackwardError, NonFiniteError
 from curvopt.curvature.ggn import GGN
@@ -116,6 +117,26 @@ def test_a_small_budget_keeps_the_first_graph_only():
         for _ in range(3):
             op @ v
         assert op._cache.built == 1 + 3
+
+
+def test_a_product_costs_about_one_gradient_and_a_form_half():
+    # counted in floating-point operations: the floor of a GGN product is 4/3 of a gradient's matrix products, and less
+    # where the first layer, which needs no input gradient, is the largest
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4))
+    data = torch.randn(10, 64), torch.randint(4, (10,))
+    op = GGN(model, nn.CrossEntropyLoss(), data)
+
+    def flops(work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    gradient = flops(lambda: torch.autograd.grad(F.cross_entropy(model(data[0]), data[1]), list(model.parameters())))
+    v = torch.randn(op.shape[0], 1)
+    with op.hold():
+        op @ v
+        assert flops(lambda: op @ v) < 1.15 * gradient
+        assert flops(lambda: op.forms(v)) < 0.6 * gradient
 
 
 def test_leaves_no_trace():
