@@ -33,6 +33,7 @@ optimizer = curvopt.BulkSGD(
     curvature="closure",
     curvature_closure=closure_over(slice(0, 500)),
     refresh_every=50,
+    start=50,  # by then the spectrum has its gap after 9 = classes - 1
 )
 for step in range(150):
     start = 50 * step % 1500

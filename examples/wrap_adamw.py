@@ -17,7 +17,7 @@ optimizer = curvopt.SubspaceScaled(
     curvature=curvopt.Hessian(model, loss_fn, (images[:300], labels[:300])),
     metric="preconditioner",
     dominant="edge",
-    rank=10,
+    rank=8,
     refresh_every=50,
 )
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=150)  # reaches the base through the wrapper

@@ -23,4 +23,5 @@ def test_example_runs(path: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
-    assert "Warning" not in done.stderr, done.stderr[-2000:]
+    # A gap warning is information about the run; any other warning is a fault of the example.
+    assert "Warning" not in done.stderr.replace("GapWarning", ""), done.stderr[-2000:]

@@ -69,9 +69,12 @@ class RefusalCount:
             NonFiniteError: the fifth in a row.
         """
         self.row += 1
-        if self.row > _REFUSALS_ALLOWED:
+        self._tell(self.row, refreshes)
+
+    def _tell(self, row: int, refreshes: int) -> None:
+        if row > _REFUSALS_ALLOWED:
             raise NonFiniteError(
-                f"{self.row} steps in a row had NaN or Inf gradients; parameters, buffers and basis are as they were "
+                f"{row} steps in a row had NaN or Inf gradients; parameters, buffers and basis are as they were "
                 "before the first of them. Lower lr, clip gradients, or look for the operation that overflows"
             )
         if self._warned_at != refreshes:
@@ -93,11 +96,15 @@ class RefusalCount:
             self.settle(refreshes)
 
     def settle(self, refreshes: int) -> None:
-        """Read the device's count; warn or raise as ``refuse`` does."""
-        if self._on_device is None:
+        """Read the device's count: refused steps since the last reading, and how many in a row at the end.
+
+        Raises:
+            NonFiniteError: five or more in a row.
+        """
+        if self._on_device is None or not self._unread:
             return
+        self._unread = 0
         total, row = self._on_device.tolist()
-        self._on_device, self._unread = None, 0
+        self._on_device[0] = 0
         if total:
-            self.row = max(row - 1, 0)
-            self.refuse(refreshes)
+            self._tell(row, refreshes)

@@ -147,7 +147,7 @@ def _parts(name: str) -> tuple[str, str]:
     return how, base
 
 
-def _load(entry: Entry) -> type[torch.optim.Optimizer]:
+def _load(entry: Entry) -> Any:
     module, _, attribute = entry.target.partition(":")
     root = module.partition(".")[0]
     try:

@@ -104,7 +104,7 @@ def test_results_of_another_configuration_are_refused(tmp_path):
     execute(config)
     other = _config("adamw", tmp_path, ["steps=5", f"run_dir={tmp_path / 'here'}", "optimizer.lr=0.02"])
     with pytest.raises(
-        ConfigError, match=r"results of another configuration \(optimizer\.lr: 0\.001 there, 0\.02 asked"
+        ConfigError, match=r"results of another configuration \(optimizer\.lr: 0\.016 there, 0\.02 asked"
     ):
         execute(other)
     with pytest.raises(ConfigError, match=r"seed: 0 there, 1 asked"):
