@@ -21,13 +21,15 @@ def problem(c=0.05):
 class Twin:
     """Adam, AdamW or AMSGrad and the split in its metric, on one float64 vector."""
 
-    def __init__(self, pair, every, decay=0.0, decoupled=False, amsgrad=False, lr=0.02, betas=(0.8, 0.95), eps=1e-4):
+    def __init__(
+        self, pair, rank, every, decay=0.0, decoupled=False, amsgrad=False, lr=0.02, betas=(0.8, 0.95), eps=1e-4
+    ):
         params, self.op = problem()
         self.x = flat(params)
         self.pair, self.every, self.decay, self.decoupled, self.amsgrad = pair, every, decay, decoupled, amsgrad
         self.lr, self.betas, self.eps = lr, betas, eps
         self.m, self.v, self.top = (torch.zeros_like(self.x) for _ in range(3))
-        self.t, self.q = 0, None
+        self.t, self.q, self.rank = 0, None, rank
 
     def scale(self):
         second = self.top if self.amsgrad else self.v
@@ -36,7 +38,7 @@ class Twin:
     def step(self):
         if self.t >= 10 and (self.t - 10) % self.every == 0:
             d = self.scale()
-            self.q = leading(self.op.dense(self.x) / (d[:, None] * d[None, :]).sqrt(), RANK)[1]
+            self.q = leading(self.op.dense(self.x) / (d[:, None] * d[None, :]).sqrt(), self.rank)[1]
         g = self.op.slope(self.x) + (0.0 if self.decoupled else self.decay) * self.x
         self.t += 1
         self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g
@@ -58,25 +60,32 @@ BASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::curvopt._errors.GapWarning")  # no gap after the third value, on purpose:
+# Rank 6 of 9 lies at no gap of this metric's spectrum: each refresh then is a Lanczos chain of k + 6 > P products, exact
+# to rounding, where at a gap it would be a power step. At rank 3 the first basis is kept while D goes on changing.
+@pytest.mark.filterwarnings("ignore::curvopt._errors.GapWarning")
 @pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(("rank", "every"), [(6, 5), (3, 100)])
 @pytest.mark.parametrize("pair", [(0.0, 1.0), (0.4, 1.3)])
-def test_runs_follow_their_dense_twin(name, pair):
-    # ... each refresh then is a Lanczos chain of k + 6 = P products, exact to rounding.
+def test_runs_follow_their_dense_twin(name, rank, every, pair):
     cls, options, twin_options = BASES[name]
     params, op = problem()
     opt = SubspaceScaled(
-        cls(params, **ADAM, **options), curvature=op, dominant=pair[0], bulk=pair[1], refresh_every=5, **EXACT
+        cls(params, **ADAM, **options),
+        curvature=op,
+        dominant=pair[0],
+        bulk=pair[1],
+        refresh_every=every,
+        **{**EXACT, "rank": rank},
     )
-    twin = Twin(pair, 5, **twin_options)
+    twin = Twin(pair, rank, every, **twin_options)
     for step in range(25):
         op.backward()
         opt.step()
         twin.step()
-        assert opt.subspace.ready == (step >= 10)
+        assert opt.subspace.ready == (step >= 10)  # the first refresh comes after the base's tenth step
         error = (flat(params) - twin.x).norm() / twin.x.norm()
         assert error < 1e-9, step
-    assert opt.subspace.refreshes == 3
+    assert opt.subspace.refreshes == (3 if every == 5 else 1)
 
 
 def test_ones_are_the_base():
@@ -114,7 +123,9 @@ def test_dom_and_bulk_share_the_displacement_outside_of_decay():
 
 def test_a_parameter_whose_gradient_comes_late_is_left_out_of_the_metric():
     params, op = problem(c=0.0)
-    opt = SubspaceScaled(torch.optim.Adam(params, **ADAM), curvature=op, refresh_every=4, bulk=1.0, dominant=0.2, **EXACT)
+    opt = SubspaceScaled(
+        torch.optim.Adam(params, **ADAM), curvature=op, refresh_every=4, bulk=1.0, dominant=0.2, **EXACT
+    )
     for step in range(20):
         op.backward()
         if step < 12:
@@ -124,7 +135,7 @@ def test_a_parameter_whose_gradient_comes_late_is_left_out_of_the_metric():
         assert torch.equal(before, params[1].detach()) == (step < 12)
         if step == 10:  # the basis has nothing where the base has seen no gradient
             rows = opt.subspace.basis
-            assert torch.equal(rows[4:7], torch.zeros(3, RANK, dtype=torch.float64))
+            assert rows[4:7].abs().max() < 1e-14
             assert rows[:4].norm() > 0.1
     assert opt.subspace.basis[4:7].norm() > 1e-3
     assert torch.isfinite(flat(params)).all()
@@ -147,31 +158,29 @@ def test_per_layer_is_an_error():
 
 
 def test_adams_update_is_dominant_in_its_metric_and_not_in_the_euclidean_one():
-    # A separable quadratic with values from 1e-2 to 1e3, slightly rotated, under gradient noise. Adam makes steps of the
-    # same size along every coordinate, so k of P Euclidean directions hold some k / P of its update; in the metric the
-    # steep directions are those in which the preconditioned curvature is large.
+    # H = S A S: A has four steep random directions V, S scales the coordinates from 1e-2 to 1e2. Adam undoes S, so its
+    # update lies in V; Euclidean leading directions lie in S V, which the largest scales rule; the metric's in S^(1/2) V,
+    # as D^(1/2) u does.
     size, k = 40, 4
-    small = torch.matrix_exp(0.02 * (rotation(size, 1) - rotation(size, 1).T))
-    values = torch.logspace(-2, 3, size, dtype=torch.float64)
-    matrix = small @ torch.diag(values) @ small.T
+    v = rotation(size, 1)[:, :k]
+    scales = torch.logspace(-2, 2, size, dtype=torch.float64)[torch.randperm(size)]
+    matrix = scales[:, None] * (v @ v.T + 1e-3 * torch.eye(size)) * scales[None, :]
     params = [torch.randn(size, dtype=torch.float64).requires_grad_()]
     op = Quartic(matrix, params)
-    base = torch.optim.Adam(params, lr=0.05, betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(3)
-    shares = {"euclidean": [], "metric": []}
-    for step in range(400):
+    base = torch.optim.Adam(params, lr=0.01)
+    shares = {"euclidean": [], "preconditioner": []}
+    subspaces = {m: SubspaceScaled(base, curvature=op, rank=k, metric=m) for m in shares}
+    for step in range(60):
         before = flat(params)
-        # noise that is the same in every coordinate: flat ones are drowned in it
-        op.backward(3.0 * torch.randn(size, generator=generator, dtype=torch.float64))
+        op.backward()
         base.step()
         u = flat(params) - before
-        if step >= 300:
-            state = base.state[params[0]]
-            d = (state["exp_avg_sq"] / (1 - 0.99 ** float(state["step"]))).sqrt() + 1e-8
-            euclid = leading(matrix, k)[1]
-            q = leading(matrix / (d[:, None] * d[None, :]).sqrt(), k)[1]
-            shares["euclidean"].append(rules.dominant_share([euclid.T.contiguous()], [u]))
-            shares["metric"].append(rules.dominant_share([q.T.contiguous()], [d.sqrt() * u]))
-    euclidean, metric = (torch.stack(shares[key]).mean().item() for key in ("euclidean", "metric"))
-    assert metric > 2 * euclidean
-    assert metric > 0.7
+        if step >= 20 and step % 4 == 0:
+            for metric, opt in subspaces.items():
+                opt.refresh()
+                blocks = opt.subspace.blocks
+                root = opt._metric_root(opt.subspace.parameters)[0] if metric == "preconditioner" else 1.0
+                shares[metric].append(rules.dominant_share(blocks, [root * u]).item())
+    euclidean, metric = (sum(shares[m]) / len(shares[m]) for m in ("euclidean", "preconditioner"))
+    assert metric > 0.85
+    assert euclidean < metric / 2
