@@ -36,7 +36,7 @@ def export(engine: SubspaceEngine) -> None:
         "refused": engine.refusals.row,
         "history_filled": engine.history_filled,
         # How blocks are multiplied was measured once; another route would change the last bits.
-        "route": getattr(engine.source.operator, "route", None),
+        "route": getattr(engine.source.operator, "route", None) or "",
     }
     if engine.subspace is not None:
         small.update(engine.subspace.scalars(), live=engine.subspace.live)
@@ -68,8 +68,8 @@ def restore(engine: SubspaceEngine) -> None:
         state.interval, state.cost_ratio = int(saved["interval"]), float(saved["cost_ratio"])
         engine.started, engine.alignment = bool(saved["started"]), float(saved["alignment"])
         engine.refusals.row, engine.history_filled = int(saved["refused"]), int(saved["history_filled"])
-        if saved.get("route") is not None and hasattr(engine.source.operator, "route"):
-            engine.source.operator.route = saved["route"]
+        if saved.get("route") and hasattr(engine.source.operator, "route"):
+            setattr(engine.source.operator, "route", saved["route"])  # noqa: B010
     else:
         engine.forget()
     if engine.subspace is not None:
