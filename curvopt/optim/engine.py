@@ -263,10 +263,12 @@ class SubspaceEngine:
                 rules.add_combination_(p, blocks[j], along, None if scales is None else scales[j])
         self.clock.note_projection(time.perf_counter() - began)
 
-    def projected(self, update: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """``b u + V (a - b) V^T u`` as new tensors."""
+    def projected(
+        self, update: Sequence[Tensor | None], roots: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor | None]:
+        """``b u + V (a - b) V^T u`` as new tensors, or with ``roots^-1 V`` and ``V^T roots`` for V and V^T."""
         out = [None if u is None else torch.zeros_like(u) for u in update]
-        self.correct_(out, update, already=0.0)
+        self.correct_(out, update, already=0.0, roots=roots)
         return out
 
     # ---- guards

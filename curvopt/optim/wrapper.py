@@ -360,13 +360,22 @@ class _GradientWatch:
         if engine.subspace is None:
             return
         gradient = engine.gather({id(p): p.grad for p in holders})
+        dual = self._dual_roots()
         if first:
-            engine.align(gradient)
+            engine.align(gradient if dual is None else _scaled(gradient, dual))
         if engine.active and engine.config.project == "gradient":
-            for p, new in zip(engine.subspace.parameters.params, engine.projected(gradient), strict=True):
+            for p, new in zip(engine.subspace.parameters.params, engine.projected(gradient, dual), strict=True):
                 if new is not None and p.grad is not None:
                     self._replaced.append((p, p.grad, new))
                     p.grad = new
+
+    def _dual_roots(self) -> list[Tensor | None] | None:
+        """``D^{-1/2}`` where the metric is the preconditioner's: gradients are measured and split in the dual metric."""
+        engine = self.owner._engine
+        if engine.config.metric != "preconditioner" or engine.subspace is None or not engine.subspace.ready:
+            return None
+        roots = self.owner._metric_root(engine.subspace.parameters)
+        return [None if r is None else r.reciprocal_() for r in roots]
 
     def restore(self) -> None:
         """Give the parameters their raw gradients back, unless the base has taken them away."""
@@ -374,3 +383,7 @@ class _GradientWatch:
             if p.grad is new:
                 p.grad = raw
         self._replaced.clear()
+
+
+def _scaled(tensors: list[Tensor | None], scales: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None or s is None else t * s for t, s in zip(tensors, scales, strict=True)]

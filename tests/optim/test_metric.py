@@ -22,10 +22,21 @@ class Twin:
     """Adam, AdamW or AMSGrad and the split in its metric, on one float64 vector."""
 
     def __init__(
-        self, pair, rank, every, decay=0.0, decoupled=False, amsgrad=False, lr=0.02, betas=(0.8, 0.95), eps=1e-4
+        self,
+        pair,
+        rank,
+        every,
+        project="update",
+        decay=0.0,
+        decoupled=False,
+        amsgrad=False,
+        lr=0.02,
+        betas=(0.8, 0.95),
+        eps=1e-4,
     ):
         params, self.op = problem()
         self.x = flat(params)
+        self.project = project
         self.pair, self.every, self.decay, self.decoupled, self.amsgrad = pair, every, decay, decoupled, amsgrad
         self.lr, self.betas, self.eps = lr, betas, eps
         self.m, self.v, self.top = (torch.zeros_like(self.x) for _ in range(3))
@@ -40,12 +51,16 @@ class Twin:
             d = self.scale()
             self.q = leading(self.op.dense(self.x) / (d[:, None] * d[None, :]).sqrt(), self.rank)[1]
         g = self.op.slope(self.x) + (0.0 if self.decoupled else self.decay) * self.x
+        if self.q is not None and self.project == "gradient":  # D^(1/2) Q Q^T D^(-1/2): D^-1 takes it to the projector
+            root = self.scale().sqrt()
+            inside = root * (self.q @ (self.q.T @ (g / root)))
+            g = self.pair[0] * inside + self.pair[1] * (g - inside)
         self.t += 1
         self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g
         self.v = self.betas[1] * self.v + (1 - self.betas[1]) * g * g
         self.top = torch.maximum(self.top, self.v)
         u = -self.lr * self.m / (1 - self.betas[0] ** self.t) / self.scale()
-        if self.q is not None:
+        if self.q is not None and self.project == "update":
             root = self.scale().sqrt()
             inside = (self.q @ (self.q.T @ (root * u))) / root
             u = self.pair[0] * inside + self.pair[1] * (u - inside)
@@ -86,6 +101,54 @@ def test_runs_follow_their_dense_twin(name, rank, every, pair):
         error = (flat(params) - twin.x).norm() / twin.x.norm()
         assert error < 1e-9, step
     assert opt.subspace.refreshes == (3 if every == 5 else 1)
+
+
+@pytest.mark.filterwarnings("ignore::curvopt._errors.GapWarning")
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_projected_gradients_follow_their_dense_twin(name):
+    cls, options, twin_options = BASES[name]
+    params, op = problem()
+    opt = SubspaceScaled(
+        cls(params, **ADAM, **options),
+        curvature=op,
+        dominant=0.3,
+        bulk=1.2,
+        project="gradient",
+        refresh_every=100,
+        **EXACT,
+    )
+    twin = Twin((0.3, 1.2), RANK, 100, project="gradient", **twin_options)
+    for _ in range(25):
+        op.backward()
+        opt.step()
+        twin.step()
+    assert (flat(params) - twin.x).norm() < 1e-9 * twin.x.norm()
+
+
+def test_alignment_is_measured_in_the_metric():
+    params, op = problem(c=0.0)
+    base = torch.optim.Adam(params, **ADAM)
+    opt = SubspaceScaled(base, curvature=op, start="aligned", start_threshold=1.0, refresh_every="frozen", **EXACT)
+    expected = None
+    for step in range(14):
+        op.backward()
+        if step == 10:
+            before = torch.cat([base_scale(base, p) for p in params])
+            q = leading(MATRIX / (before[:, None] * before[None, :]).sqrt(), RANK)[1]
+        if step >= 10:
+            root = torch.cat([base_scale(base, p) for p in params]).sqrt()
+            g = torch.cat([p.grad.reshape(-1) for p in params]) / root
+            share = float((q.T @ g).norm() / g.norm())
+            expected = share if expected is None else 0.9 * expected + 0.1 * share
+        opt.step()
+    opt.state_dict()
+    assert base.param_groups[0]["curvopt_alignment"] == pytest.approx(expected, rel=1e-9)
+
+
+def base_scale(base, p):
+    state = base.state[p]
+    correction = 1 - ADAM["betas"][1] ** float(state["step"])
+    return ((state["exp_avg_sq"] / correction).sqrt() + ADAM["eps"]).reshape(-1)
 
 
 def test_ones_are_the_base():
