@@ -27,7 +27,7 @@ from curvopt import zoo
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 # Keys that name the run's surroundings: they don't change a single number of its record.
-_NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost")
+_NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost", "route")
 # Arguments that are numbers wherever they occur; the others keep the type that YAML gives them.
 _NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "overhead", "damping", "tol"}
 _OWN_KEYS = ("zoo", "label")
@@ -90,6 +90,7 @@ class RunConfig:
         device, threads: where it runs.
         out: folder of all runs; run_dir: the folder of this one, instead of the one named by the config's hash.
         product_cost: gradients of a training batch that one curvature product costs; None measures it once.
+        route: "loop" or "batched", how blocks of products are multiplied; None measures it once.
         wandb: see WandbConfig.
     """
 
@@ -108,6 +109,7 @@ class RunConfig:
     out: str = "runs"
     run_dir: str | None = None
     product_cost: float | None = None
+    route: str | None = None
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -260,6 +262,8 @@ def _from_dict(values: Mapping[str, Any]) -> RunConfig:
     for name in ("eval_every", "measure_every", "energy_every"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} must not be negative, got {getattr(config, name)} (0 turns it off)")
+    if config.route not in (None, "loop", "batched"):
+        raise ConfigError(f"route must be loop or batched, or null to measure it, got {config.route!r}")
     if config.wandb.mode not in ("auto", "offline", "online", "disabled"):
         raise ConfigError(f"wandb.mode must be auto, offline, online or disabled, got {config.wandb.mode!r}")
     return config

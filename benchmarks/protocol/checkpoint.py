@@ -24,7 +24,7 @@ class RunFolder:
     """The files of one run.
 
     ``config.yaml`` the resolved configuration, ``meta.json`` versions and machine, ``log.jsonl`` the record,
-    ``checkpoint.pt`` the state, ``product_cost.json`` what a product costs, ``result.json`` the outcome, and ``DONE``
+    ``checkpoint.pt`` the state, ``costs.json`` what was timed once, ``result.json`` the outcome, and ``DONE``
     once all of them are final.
     """
 
@@ -35,7 +35,7 @@ class RunFolder:
         self.log = self.path / RECORDS
         self.checkpoint = self.path / "checkpoint.pt"
         self.result = self.path / "result.json"
-        self.cost = self.path / "product_cost.json"
+        self.costs = self.path / "costs.json"
         self.done = self.path / "DONE"
 
     @contextmanager
@@ -86,11 +86,12 @@ class RunFolder:
             return None
         return torch.load(self.checkpoint, weights_only=True)
 
-    def product_cost(self, measure: Callable[[], float]) -> float:
-        """The cost of a product in gradients: measured by the first process of this run, read by all later ones."""
-        if not self.cost.exists():
-            atomic_write_json(self.cost, {"product_cost": measure()})
-        return float(json.loads(self.cost.read_text())["product_cost"])
+    def once(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``measure`` gave the first process of this run; all later ones read it."""
+        if not self.costs.exists():
+            atomic_write_json(self.costs, measure())
+        found: dict[str, Any] = json.loads(self.costs.read_text())
+        return found
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the outcome and mark the run as done."""

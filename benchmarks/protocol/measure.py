@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ class CurvatureMeter:
     Args:
         task, model: what is trained.
         rank: number of eigenpairs.
+        route: of blocks of products, see ``curvopt.Hessian``.
     """
 
-    def __init__(self, task: Task, model: nn.Module, rank: int) -> None:
-        self._operator: Hessian = task.curvature(model)
+    def __init__(self, task: Task, model: nn.Module, rank: int, route: str | None = None) -> None:
+        self._operator: Hessian = task.curvature(model, route)
         self._layout = named_parameters(model)
         self.rank = min(rank, self._layout.total)
         self.vectors: Tensor | None = None
@@ -87,8 +89,21 @@ class CurvatureMeter:
         self.vectors, self.matvecs = state["vectors"], int(state["matvecs"])
 
 
-def product_cost(task: Task, model: nn.Module, batch_size: int, products: int = 10, repeats: int = 3) -> float:
-    """Cost of one curvature product in gradients of a training batch, measured: the best of ``repeats``.
+@dataclass(frozen=True)
+class Costs:
+    """What is timed once a run and then kept, because a second measurement would come out otherwise.
+
+    Attributes:
+        product_cost: gradients of a training batch that one curvature product costs.
+        route: how blocks of products go through the graph, "loop" or "batched": the two round differently.
+    """
+
+    product_cost: float
+    route: str
+
+
+def measure_costs(task: Task, model: nn.Module, batch_size: int, products: int = 10, repeats: int = 3) -> Costs:
+    """Time a curvature product against a gradient of a training batch; the best of ``repeats``.
 
     A product is a tenth of ten products with the graph kept, its construction included, as a refresh spends them.
     """
@@ -107,7 +122,10 @@ def product_cost(task: Task, model: nn.Module, batch_size: int, products: int = 
             for _ in range(products):
                 operator.multiply_rows(vector)
 
-    return _best_seconds(curvature, task.device, repeats) / _best_seconds(gradients, task.device, repeats)
+    with operator.hold():  # the first block decides the route
+        operator.multiply_rows(vector.expand(products, -1).contiguous())
+    cost = _best_seconds(curvature, task.device, repeats) / _best_seconds(gradients, task.device, repeats)
+    return Costs(cost, operator.route or "loop")
 
 
 def _best_seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:

@@ -61,23 +61,25 @@ def perform(
 ) -> list[Path]:
     """Do all runs; what is finished is taken as it is, what was interrupted goes on.
 
-    The cost of a product is measured by the first run that needs it and then used for all of them: one number a
-    comparison.
+    The cost of a product is measured by the first run and then used for all of them: one number a comparison.
 
     Returns:
         their folders.
     """
     folders = []
     cost: float | None = None
+    route: str | None = None
     progress.overall(len(configs))
     for config in configs:
         folder = RunFolder(run_directory(config))
         folders.append(folder.path)
         try:
-            outcome = execute(replace(config, product_cost=config.product_cost or cost), progress)
+            outcome = execute(
+                replace(config, product_cost=config.product_cost or cost, route=config.route or route), progress
+            )
             found = outcome.record.get("product_cost")
             if cost is None and isinstance(found, float) and found == found:
-                cost = found
+                cost, route = found, outcome.record.get("route")
             words = f"{outcome.status}{' (' + outcome.reason + ')' if outcome.reason else ''}"
         except ConfigError:
             raise

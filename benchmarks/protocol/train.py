@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.protocol.clock import Stopwatch
 from benchmarks.protocol.environment import environment
 from benchmarks.protocol.log import RunLog
-from benchmarks.protocol.measure import CurvatureMeter, product_cost
+from benchmarks.protocol.measure import CurvatureMeter, measure_costs
 from benchmarks.protocol.order import DataOrder
 from curvopt import zoo
 from curvopt._errors import CurvoptWarning, NonFiniteError
@@ -121,10 +121,11 @@ class Run:
         self.order = DataOrder(self.task.examples, config.batch_size, 1000 * config.seed + _ORDER_SEED)
         torch.manual_seed(1000 * config.seed + _NOISE_SEED)
         self.entry = zoo.describe(config.optimizer["zoo"])
+        cost, self.route = self._costs()
         self.optimizer = self._build_optimizer()
         self._announce_refreshes()
-        self.account = Account(self.optimizer, self.entry, math.nan)
-        self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank) if self._meters else None
+        self.account = Account(self.optimizer, self.entry, cost)
+        self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank, self.route) if self._meters else None
         self.watch = Stopwatch(self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.loss_count = 0
@@ -139,7 +140,7 @@ class Run:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
-            given["curvature"] = self.task.curvature(self.model)
+            given["curvature"] = self.task.curvature(self.model, self.route)
         return zoo.create(self.config.optimizer["zoo"], params, **given)
 
     def _announce_refreshes(self) -> None:
@@ -155,15 +156,18 @@ class Run:
 
         subspace.refresh = announced
 
-    def measure_cost(self) -> None:
-        """Set what a product costs: pinned by the config, else measured once and kept in the checkpoint."""
-        if self.config.product_cost is not None:
-            self.account.cost = self.config.product_cost
-        elif self.entry.needs_curvature or self.entry.products_per_step:
+    def _costs(self) -> tuple[float, str | None]:
+        """Cost of a product and route of a block: pinned by the config, else measured once and kept in the folder."""
+        config = self.config
+        if not (self.entry.needs_curvature or self.entry.products_per_step or self._meters):
+            return math.nan, config.route
+        cost, route = config.product_cost, config.route
+        if cost is None or route is None:
             with self.progress.phase("timing a product"):
-                self.account.cost = self.folder.product_cost(
-                    lambda: product_cost(self.task, self.model, self.config.batch_size)
-                )
+                found = self.folder.once(lambda: asdict(measure_costs(self.task, self.model, config.batch_size)))
+            cost = float(found["product_cost"]) if cost is None else cost
+            route = str(found["route"]) if route is None else route
+        return cost, route
 
     # ---- state
     def state_dict(self) -> dict[str, Any]:
@@ -367,6 +371,7 @@ def execute(config: RunConfig, progress: RunProgress | None = None) -> Outcome:
 def _execute(
     config: RunConfig, folder: RunFolder, bar: RunProgress, heard: Sequence[warnings.WarningMessage]
 ) -> Outcome:
+    bar.begin(f"{config.task['title']}: {config.optimizer['label']}, seed {config.seed}", config.steps)
     try:
         run = Run(config, folder, bar)
     except ValueError as error:
@@ -374,11 +379,9 @@ def _execute(
             raise
         raise ConfigError(f"{config.optimizer['file']} on {config.task['file']}: {error}") from error
     state = folder.load()
-    bar.begin(f"{config.task['title']}: {config.optimizer['label']}, seed {config.seed}", config.steps)
-    if state is None:
-        run.measure_cost()
-    else:
+    if state is not None:
         run.load_state_dict(state)
+    bar.advance(run.step)
     started = time.time()
     status, reason = "done", ""
     with RunLog(folder.path, config, checkpoint_step=None if state is None else run.step) as log:
@@ -395,6 +398,7 @@ def _execute(
             "reason": reason,
             "step": run.step,
             "product_cost": run.account.cost,
+            "route": run.route,
             "data": run.task.data_source,
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "finished_after": time.time() - started,

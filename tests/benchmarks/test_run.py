@@ -9,7 +9,7 @@ import torch
 from benchmarks import tasks
 from benchmarks.config import ConfigError, compose_run
 from benchmarks.progress import RunProgress
-from benchmarks.protocol.measure import CurvatureMeter, product_cost
+from benchmarks.protocol.measure import CurvatureMeter, measure_costs
 from benchmarks.protocol.suite import load_suite, perform, plan
 from benchmarks.protocol.train import Run, execute
 from benchmarks.report.records import MEASURED, load_record
@@ -24,6 +24,7 @@ SMALL = [
     "energy_every=0",
     "wandb.mode=disabled",
     "product_cost=5.0",
+    "route=loop",
     "task.rank=3",
     "task.curvature_examples=60",
     "task.hidden=[10]",
@@ -142,7 +143,8 @@ def test_all_optimizers_see_the_same_start_and_the_same_batches(tmp_path):
 
 
 def test_a_repeated_run_gives_the_same_numbers(tmp_path):
-    runs = [execute(_config("scaled_adamw", tmp_path / str(i), "optimizer.rank=3")) for i in range(2)]
+    pinned = ["optimizer.rank=7", "energy_every=10", "route=loop"]
+    runs = [execute(_config("scaled_adamw", tmp_path / str(i), *pinned)) for i in range(2)]
     left, right = (
         [{k: v for k, v in r.items() if k not in MEASURED} for r in read_jsonl(run.folder.log)] for run in runs
     )
@@ -193,7 +195,9 @@ def test_product_cost_is_measured_once_and_kept(tmp_path):
     first.folder.checkpoint.unlink()
     assert execute(config).record["product_cost"] == first.record["product_cost"]
     task = tasks.build(config.task)
-    assert product_cost(task, task.model(0), 50) > 0
+    costs = measure_costs(task, task.model(0), 50)
+    assert costs.product_cost > 0 and costs.route in ("loop", "batched")
+    assert first.record["route"] in ("loop", "batched")
 
 
 def test_wandb_holds_what_the_plain_file_holds(tmp_path):
