@@ -165,13 +165,15 @@ NADAM = _rule(torch.optim.NAdam, lr=0.02)
 RMSPROP = _rule(torch.optim.RMSprop, lr=0.01)
 CARELESS = _rule(Careless, lr=0.05)
 LBFGS = _rule(torch.optim.LBFGS, lr=0.2, max_iter=3, history_size=4)
+# A border so low that the leading eigenvalues of ``World`` lie beyond it at lr 0.1.
+EDGE = {"dominant": "edge", "rank": "edge", "max_rank": 3, "edge": 0.01}
 HALF = {"dominant": 0.5, "bulk": 1.5}
 
 ENTRIES: list[Entry] = [
     Entry("BulkSGD", _family(BulkSGD), SGD),
     Entry("DomSGD", _family(DomSGD), SGD),
     Entry("InterpolatedSGD", _family(InterpolatedSGD), SGD, HALF),
-    Entry("InterpolatedSGD-edge", _family(InterpolatedSGD), SGD, {"dominant": "edge", "rank": "edge", "max_rank": 3}),
+    Entry("InterpolatedSGD-edge", _family(InterpolatedSGD), SGD, EDGE),
     Entry("InterpolatedSGD-history", _family(InterpolatedSGD), SGD, {**HALF, "source": "history"}, products=False),
     Entry("GGNProjectedSGD", _family(GGNProjectedSGD), SGD),
     Entry("SubspaceScaled(SGD)", _wrapped(SGD), SGD, HALF, wrapper=True),
