@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -12,12 +11,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from curvopt._errors import GapWarning, RankWarning, RefreshWarning
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.subspace.solve import Cached, Kind, Plan, Solution, solve, solve_above
-
-_NO_GAP = 1.1
+from curvopt.subspace import notices
+from curvopt.subspace.solve import Cached, Kind, Plan, Solution, Spectrum, solve, solve_above
 
 Cutoff = Callable[[Tensor, Sequence[int]], Tensor]
 
@@ -132,6 +129,7 @@ class DominantSubspace:
         self._residuals = torch.full(shape, math.inf, dtype=torch.float64)
         self._next = torch.zeros(shape[0], dtype=torch.float64)
         self._next_residuals = torch.zeros(shape[0], dtype=torch.float64)
+        self._has_probe = [False] * shape[0]
         self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64)
 
     def _find_layers(self) -> None:
@@ -291,13 +289,15 @@ class DominantSubspace:
     def _plan(self, g: int) -> Plan:
         return Plan(min(self.rank, self._size(g)), self.tol, self.max_matvecs, self.seed + self.attempts)
 
-    def _cached(self, g: int, dtype: torch.dtype, cold: bool = False) -> Cached:
-        group = self.groups[g]
+    def _spectrum(self, g: int, cold: bool = False) -> Spectrum:
         live = 0 if cold or not self.ready else int((self._values[g] > 0).sum())
-        rows = torch.cat([self.blocks[i][:live].reshape(live, self.parameters.sizes[i]) for i in group], dim=1)
-        probe = torch.cat([self.probes[i].reshape(-1) for i in group])
         following = float(self._next[g]), float(self._next_residuals[g])
-        return Cached(rows.to(dtype), self._values[g, :live], probe.to(dtype), *following)
+        return Spectrum(self._values[g, :live], *following, has_probe=self._has_probe[g])
+
+    def _cached(self, g: int, dtype: torch.dtype, cold: bool) -> Cached:
+        spectrum, group = self._spectrum(g, cold), self.groups[g]
+        probe = torch.cat([self.probes[i].reshape(-1) for i in group])
+        return Cached(spectrum, self._rows(group, dtype)[: spectrum.live], probe.to(dtype))
 
     def _solve(self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None) -> Solution:
         plan, cached = self._plan(g), self._cached(g, operator.dtype, cold)
@@ -308,15 +308,8 @@ class DominantSubspace:
             solution = solve_above(operator, plan, cached, lambda v, values: values > cutoff(v, group).double().cpu())
         live = solution.drop_negative()
         if cutoff is None and live < plan.k:
-            names = [self.parameters.names[i] for i in self.groups[g]]
-            where = "" if self.layout == "whole" else f" of the layer with {names[0]!r}"
-            warnings.warn(
-                f"only {live} of rank={plan.k} curvature eigenvalues{where} are positive; the other rows of the basis "
-                "are zero and their directions count as bulk. Lower rank, or take the GGN, which has no negative "
-                "eigenvalue",
-                RankWarning,
-                stacklevel=5,
-            )
+            first = self.parameters.names[self.groups[g][0]]
+            notices.too_few_positive(live, plan.k, None if self.layout == "whole" else first)
         solution.resize(self.rank)
         return solution
 
@@ -325,31 +318,28 @@ class DominantSubspace:
         """Products that the next refresh may spend at most."""
         if not self.ready or self.adaptive:
             return self.max_matvecs * len(self.groups)
-        dtype = self.parameters.dtype
-        return sum(self._cached(g, dtype).worst_matvecs(self._plan(g), self._size(g)) for g in range(len(self.groups)))
+        return sum(self._spectrum(g).worst_matvecs(self._plan(g), self._size(g)) for g in range(len(self.groups)))
 
     def _commit(self, solutions: list[Solution], matvecs: int) -> RefreshReport:
-        overlaps = []
+        overlaps = [self._overlap_with(g, s) for g, s in enumerate(solutions)]
+        known = [x for x in overlaps if x is not None]
         # New tensors, so that a state_dict taken earlier keeps what it held.
         values, residuals = self._values.clone(), self._residuals.clone()
         for g, (group, s) in enumerate(zip(self.groups, solutions, strict=True)):
-            most = max(int((self._values[g] > 0).sum()), int((s.values > 0).sum()))
-            if self.ready and most:
-                shared = torch.linalg.matrix_norm(self._rows(group, s.rows.dtype) @ s.rows.T).square()
-                overlaps.append(shared / most)
             start = 0
             for i in group:
                 size = self.parameters.sizes[i]
                 self.blocks[i].copy_(s.rows[:, start : start + size].reshape(self.blocks[i].shape))
                 if s.probe is not None:
                     self.probes[i].copy_(s.probe[start : start + size].reshape(self.probes[i].shape))
+                    self._has_probe[g] = True
                 start += size
             values[g], residuals[g] = s.values, s.residuals
         self._values, self._residuals = values, residuals
         self._next = torch.tensor([s.next_value for s in solutions], dtype=torch.float64)
         self._next_residuals = torch.tensor([s.next_residual for s in solutions], dtype=torch.float64)
         self.measure_mass()
-        self.overlap = float(torch.stack(overlaps).mean()) if overlaps else math.nan
+        self.overlap = float(torch.stack(known).mean()) if known else math.nan
         if self.ready:
             self._earlier_steps += self.age
         else:
@@ -357,27 +347,25 @@ class DominantSubspace:
         self.refreshes += 1
         self.age = 0
         self.reason = "; ".join(dict.fromkeys(s.reason for s in solutions))
-        self._warn_if_unconverged(solutions)
-        self._warn_of_gap()
-        guard = sum(s.guard_matvecs for s in solutions)
-        converged = all(s.converged for s in solutions)
-        return RefreshReport(solutions[0].kind, matvecs, guard, self.overlap, converged, self.reason)
-
-    def _warn_if_unconverged(self, solutions: list[Solution]) -> None:
         failed = [s for s in solutions if not s.converged]
-        if not failed:
-            return
-        if any(s.kind == "cold" for s in failed):
-            text = f"{self.reason}; the best basis found is used. Raise max_matvecs or tol"
-        elif not self._cap_warned:
-            self._cap_warned = True
-            text = (
-                f"{self.reason}; a warm refresh stops there by design, and the next one goes on from its basis. This "
-                "is said once: raise tol, or put rank at a gap of the spectrum"
-            )
-        else:
-            return
-        warnings.warn(f"a refresh ended before every pair met tol={self.tol:g}: {text}", RefreshWarning, stacklevel=5)
+        cold = any(s.kind == "cold" for s in failed)
+        if failed and (cold or not self._cap_warned):
+            self._cap_warned = self._cap_warned or not cold
+            notices.unconverged(self.tol, self.reason, cold)
+        if not (self._gap_warned or self.adaptive or self.layout == "layer" or self.live < self.rank):
+            self._gap_warned = self.gap < notices.NO_GAP
+            if self._gap_warned:
+                notices.no_gap(self._values[0], self.gap)
+        guard = sum(s.guard_matvecs for s in solutions)
+        return RefreshReport(solutions[0].kind, matvecs, guard, self.overlap, not failed, self.reason)
+
+    def _overlap_with(self, g: int, solution: Solution) -> Tensor | None:
+        """``||V_new^T V_old||_F^2 / k`` of a group, None where there is nothing to compare."""
+        most = max(int((self._values[g] > 0).sum()), int((solution.values > 0).sum()))
+        if not self.ready or not most:
+            return None
+        rows = solution.rows
+        return torch.linalg.matrix_norm(self._rows(self.groups[g], rows.dtype) @ rows.T).square() / most
 
     def replace(self, rows: Tensor, values: Tensor) -> None:
         """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh."""
@@ -390,24 +378,6 @@ class DominantSubspace:
         """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
         rows = [b.reshape(self.rank, -1).double().square().sum(1) for b in self.blocks]
         self.mass = torch.stack(rows).cpu()
-
-    def _warn_of_gap(self) -> None:
-        if self._gap_warned or self.adaptive or self.layout == "layer" or self.live < self.rank:
-            return
-        if self.gap >= _NO_GAP:
-            return
-        self._gap_warned = True
-        values = self._values[0]
-        ratios = (values[:-1] / values[1:]).tolist()
-        gaps = [i + 1 for i, r in enumerate(ratios) if r >= _NO_GAP]
-        nearest = max(gaps) if gaps else None
-        hint = "none was found below it" if nearest is None else f"the nearest gap below it is after rank={nearest}"
-        warnings.warn(
-            f"rank={self.rank} sits at no gap of the spectrum (lambda_k/lambda_(k+1) = {self.gap:.3g}), so its last "
-            f"directions are arbitrary; {hint}",
-            GapWarning,
-            stacklevel=5,
-        )
 
     # ---- saving
     def scalars(self) -> dict[str, Any]:
@@ -445,6 +415,7 @@ class DominantSubspace:
         self._next_residuals = torch.as_tensor(state["next_residual_norms"], dtype=torch.float64).clone()
         self._gap_warned, self._cap_warned = bool(state["gap_warned"]), bool(state["cap_warned"])
         self._first_matvecs, self._earlier_steps = int(state["first_matvecs"]), int(state["earlier_steps"])
+        self._has_probe = [any(bool(self.probes[i].any()) for i in group) for group in self.groups]
         self.reason = "restored"
         self.measure_mass()
 

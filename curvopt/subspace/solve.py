@@ -53,22 +53,25 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Cached:
-    """What the last refresh left.
+class Spectrum:
+    """What is known of the spectrum since the last refresh, enough to plan the next one.
 
     Attributes:
-        rows: (live, P), orthonormal up to the rounding of the cache's dtype.
         values: (live,) Ritz values, float64 on the CPU.
-        probe: (P,), zero where there is none.
         next_value: Ritz value that followed the wanted ones.
         next_residual: its residual; Ritz values lie below eigenvalues, by no more than that.
+        has_probe: whether a direction outside the basis is carried along.
     """
 
-    rows: Tensor
     values: Tensor
-    probe: Tensor
     next_value: float
     next_residual: float
+    has_probe: bool
+
+    @property
+    def live(self) -> int:
+        """Rows that hold an eigenvector."""
+        return self.values.shape[0]
 
     def route(self, plan: Plan, size: int) -> Kind:
         """``image`` where a gap follows the k-th value, else ``krylov``; ``cold`` where nothing is cached.
@@ -76,16 +79,14 @@ class Cached:
         A power step follows magnitude. With a negative value next in line the probe has been lost to the negative end
         of the spectrum, and a Lanczos chain brings it back.
         """
-        live = self.values.shape[0]
-        if live == 0:
+        if self.live == 0:
             return "cold"
-        if live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1:
+        if self.live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1 or not self.has_probe:
             return "krylov"
         if self.next_value < -_ROUNDING * float(self.values[0]):
             return "krylov"
-        has_probe = bool(self.probe.any())
         bound = self.next_value + self.next_residual
-        return "image" if has_probe and float(self.values[-1]) >= _IMAGE_GAP * bound else "krylov"
+        return "image" if float(self.values[-1]) >= _IMAGE_GAP * bound else "krylov"
 
     def worst_matvecs(self, plan: Plan, size: int) -> int:
         """Products that a refresh from here may spend at most."""
@@ -94,6 +95,28 @@ class Cached:
             return plan.max_matvecs
         extra = plan.k + 1 if route == "image" else 0
         return min(plan.max_matvecs, extra + plan.warm_matvecs)
+
+    def warm_tolerance(self, plan: Plan) -> float:
+        """Relative residual for a warm chain: ``plan.tol``, or less where the k-th value is close to the next."""
+        if self.live < plan.k or self.values[0] <= 0:
+            return plan.tol
+        distance = (float(self.values[-1]) - max(self.next_value, 0.0)) / float(self.values[0])
+        return min(plan.tol, max(_SHARPNESS * distance, _SHARPEST))
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the last refresh left.
+
+    Attributes:
+        spectrum: its values.
+        rows: (live, P), orthonormal up to the rounding of the cache's dtype.
+        probe: (P,), zero where there is none.
+    """
+
+    spectrum: Spectrum
+    rows: Tensor
+    probe: Tensor
 
 
 @dataclass
@@ -156,12 +179,12 @@ def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     Raises:
         NonFiniteError: a product holds NaN or Inf.
     """
-    route = cached.route(plan, operator.shape[0])
+    route = cached.spectrum.route(plan, operator.shape[0])
     if route == "cold":
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     if route == "image":
         return _image(operator, plan, cached)
-    return _lanczos(operator, plan, cached.rows, plan.warm_matvecs, _warm_tolerance(plan, cached))
+    return _lanczos(operator, plan, cached.rows, plan.warm_matvecs, cached.spectrum.warm_tolerance(plan))
 
 
 def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_rule: KeepRule) -> Solution:
@@ -184,13 +207,6 @@ def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_ru
         rows, k = found.rows, larger
     found.select(keep)
     return found
-
-
-def _warm_tolerance(plan: Plan, cached: Cached) -> float:
-    if cached.values.shape[0] < plan.k or cached.values[0] <= 0:
-        return plan.tol
-    distance = (float(cached.values[-1]) - max(cached.next_value, 0.0)) / float(cached.values[0])
-    return min(plan.tol, max(_SHARPNESS * distance, _SHARPEST))
 
 
 def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap: int, tol: float) -> Solution:
@@ -238,8 +254,8 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * _IMAGE_GAP <= 1
     if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:
         start = image.rows if image.positive else rows
-        after = Cached(rows, values[:k], cached.probe, float(values[k]), 0.0)
-        return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), _warm_tolerance(plan, after))
+        tol = Spectrum(values[:k], float(values[k]), 0.0, True).warm_tolerance(plan)
+        return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), tol)
     return Solution(
         rows=image.rows[:k],
         values=values[:k],
