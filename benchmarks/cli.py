@@ -220,7 +220,8 @@ _COMMANDS = {"run": _run, "bench": _bench, "tune": _tune, "report": _report, "fe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 for success, 2 for a request that can't be met, 130 for an interruption."""
     options = parser().parse_args(arguments)
-    console = Console()
+    # Tables keep their figures whole in files and pipes, whose width nobody knows.
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     try:
         return _COMMANDS[options.command](options, console)
     except (ConfigError, CurvoptError) as error:

@@ -179,7 +179,7 @@ def terminal(rows: Sequence[Row], target: float | None, title: str) -> list[Tabl
     for caption, (header, body) in zip(_captions(target), (_results(rows, target), _costs(rows)), strict=True):
         table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, column in enumerate(header):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
         for line in body:
             table.add_row(*line)
         tables.append(table)
