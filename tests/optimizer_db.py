@@ -246,7 +246,7 @@ def errors(world: World) -> Iterator[tuple[str, Callable[[], Any], type[Exceptio
     yield "no operator", bulk(curvature=None), ValueError, r"curvature=None with rank > 0: give curvature=.*Hessian"
     yield "unknown curvature", bulk(curvature="hessian"), ValueError, r"curvature must be .*'closure'.* got 'hessian'"
     yield "curvature a model", bulk(curvature=world.model), TypeError, r"curvature must be an operator .*got Sequential"
-    yield "foreign operator", bulk(curvature=other), ValueError, r"parameter '0\.weight', which this optimizer does not"
+    yield "foreign operator", bulk(curvature=other), ValueError, r"parameter '0\.weight', .* subset .* fully_shard"
     yield "closure without rank", bulk(curvature="closure", rank=None), ValueError, r"rank=None .* closure: give rank="
     yield "history without rank", mixed(source="history", rank=None, **HALF), ValueError, r"source='history': give rank"
     yield "refresh_every", bulk(refresh_every=0), ValueError, r"refresh_every must be at least 1 step, got 0"
@@ -325,6 +325,13 @@ def errors(world: World) -> Iterator[tuple[str, Callable[[], Any], type[Exceptio
         ValueError,
         r"metric='preconditioner' works on the whole network: use layout='whole'",
     )
+    yield (
+        "curvature_closure beside an operator",
+        bulk(curvature_closure=lambda: None),
+        ValueError,
+        r"curvature_closure is for curvature='closure' and has no effect otherwise",
+    )
     yield "no parameters", lambda: BulkSGD([], lr=0.1, rank=0), ValueError, r"optimizer got an empty parameter list"
+    yield "lr a string", bulk(lr="0.1"), TypeError, r"'<' not supported between instances of 'str' and 'float'"
     yield "lr below 0", bulk(lr=-0.1), ValueError, r"Invalid learning rate: -0\.1"
     yield "nesterov alone", bulk(nesterov=True), ValueError, r"Nesterov momentum requires a momentum and zero dampening"

@@ -31,6 +31,10 @@ def resolve_operator(
     Raises:
         ValueError, TypeError: there is no curvature to be had, or it is over other parameters; the text says which.
     """
+    if closure is not None and curvature != "closure":
+        raise ValueError(
+            "curvature_closure is for curvature='closure' and has no effect otherwise: give one of the two"
+        )
     if config.rank == 0 or config.source == "history":
         if isinstance(curvature, SymmetricOperator):
             _check_subset(curvature, params)
@@ -71,7 +75,9 @@ def _check_subset(operator: SymmetricOperator, params: Sequence[Tensor]) -> None
         if id(p) not in mine:
             raise ValueError(
                 f"curvature is over parameter {name!r}, which this optimizer does not hold; the operator's "
-                "parameters must be a subset of the optimizer's (params= of the operator narrows it)"
+                "parameters must be a subset of the optimizer's (params= of the operator narrows it; an optimizer that "
+                "holds a share of the parameters on each rank, as under ZeroRedundancyOptimizer, can't have a basis over "
+                "all: use fully_shard)"
             )
 
 

@@ -107,7 +107,7 @@ class SubspaceSGD(SubspaceOptimizer, torch.optim.SGD):
     ) -> None:
         super().__init__(
             params,
-            lr if isinstance(lr, Tensor) else float(lr),  # a numpy scalar could not be loaded with weights_only=True
+            lr,
             momentum,
             dampening,
             weight_decay,

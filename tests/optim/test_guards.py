@@ -417,3 +417,31 @@ def test_a_closure_serves_where_double_backward_does_not():
     exact = BulkSGD(twin.params(), lr=0.1, rank=RANK, curvature="closure", refresh_every=2)
     assert torch.equal(world.train(opt, 5, closure=True), twin.train(exact, 5, closure=True))
     assert opt.subspace.eigenvalues.min() > 0
+
+
+@each
+def test_a_nan_loss_leaves_everything(entry):
+    world = World()
+    opt = entry.of(world, momentum(entry))
+    entry.train(world, opt, entry.first_refresh + 2)
+    before = everything(world, opt)
+    x, world.x = world.x, torch.full_like(world.x, float("nan"))
+    with pytest.warns(NonFiniteWarning):
+        entry.train(world, opt, 1)
+    world.x = x
+    assert_same(before, everything(world, opt))
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.needs_closure], ids=lambda e: e.name)
+def test_a_step_without_any_gradient_moves_nothing(entry):
+    world = World()
+    opt = entry.of(world, momentum(entry))
+    before = world.flat()
+    opt.step()
+    assert torch.equal(before, world.flat())
+    entry.train(world, opt, entry.first_refresh + 3)
+    before = world.flat()
+    opt.zero_grad()
+    opt.step()
+    assert torch.equal(before, world.flat())
+    assert torch.isfinite(entry.train(world, opt, 2)).all()

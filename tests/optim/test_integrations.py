@@ -247,3 +247,14 @@ def test_distributed_checkpoint_files(tmp_path):
         twin.model.load_state_dict(target["model"])
         dcp.set_optimizer_state_dict(twin.model, fresh, target["opt"])
         assert torch.equal(world.train(opt, 5, 4), twin.train(fresh, 5, 4)), name
+
+
+def test_a_flattened_checkpoint_into_a_wrapper_that_has_stepped_is_refused():
+    # torch restores the keys that it finds in ``state``, where a wrapper's basis lies only before the first step
+    world, twin = World(), World()
+    opt, used = BY_NAME["SubspaceScaled(AdamW)"].of(world), BY_NAME["SubspaceScaled(AdamW)"].of(twin)
+    world.train(opt, 2)
+    twin.train(used, 2)
+    saved = dcp.get_optimizer_state_dict(world.model, opt, options=OPTIONS["flattened"])
+    with pytest.raises(ValueError, match="counts 1 refreshes but holds no basis of parameter '0.weight'"):
+        dcp.set_optimizer_state_dict(twin.model, used, saved, options=OPTIONS["flattened"])

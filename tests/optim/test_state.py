@@ -34,8 +34,6 @@ VARIANTS = {
 
 def fits(entry, variant):
     """Whether the combination exists at all."""
-    if variant == "gradient":
-        return not entry.first_refresh
     if variant == "layers":
         return entry.products and not entry.first_refresh and entry.options.get("rank") != "edge"
     if variant == "aligned":
