@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -14,31 +13,9 @@ from torch import Tensor
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.subspace import notices
-from curvopt.subspace.solve import Cached, Kind, Plan, Solution, Spectrum, solve, solve_above
+from curvopt.subspace.solve import Cached, Plan, RefreshReport, Solution, Spectrum, solve, solve_above
 
 Cutoff = Callable[[Tensor, Sequence[int]], Tensor]
-
-
-@dataclass(frozen=True)
-class RefreshReport:
-    """What one refresh did.
-
-    Attributes:
-        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos); with a
-            basis a layer, that of the first layer.
-        matvecs: products spent, the guard's included.
-        guard_matvecs: the part that looked for skipped values.
-        overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
-        converged: every wanted pair met the tolerance (an image is not tested and counts as converged).
-        reason: the solver's words.
-    """
-
-    kind: Kind
-    matvecs: int
-    guard_matvecs: int
-    overlap: float
-    converged: bool
-    reason: str
 
 
 class DominantSubspace:
@@ -130,6 +107,7 @@ class DominantSubspace:
         self._next = torch.zeros(shape[0], dtype=torch.float64)
         self._next_residuals = torch.zeros(shape[0], dtype=torch.float64)
         self._has_probe = [False] * shape[0]
+        self._converged = torch.zeros(shape[0], dtype=torch.bool)
         self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64)
 
     def _find_layers(self) -> None:
@@ -292,7 +270,7 @@ class DominantSubspace:
     def _spectrum(self, g: int, cold: bool = False) -> Spectrum:
         live = 0 if cold or not self.ready else int((self._values[g] > 0).sum())
         following = float(self._next[g]), float(self._next_residuals[g])
-        return Spectrum(self._values[g, :live], *following, has_probe=self._has_probe[g])
+        return Spectrum(self._values[g, :live], *following, self._has_probe[g], bool(self._converged[g]))
 
     def _cached(self, g: int, dtype: torch.dtype, cold: bool) -> Cached:
         spectrum, group = self._spectrum(g, cold), self.groups[g]
@@ -338,6 +316,7 @@ class DominantSubspace:
         self._values, self._residuals = values, residuals
         self._next = torch.tensor([s.next_value for s in solutions], dtype=torch.float64)
         self._next_residuals = torch.tensor([s.next_residual for s in solutions], dtype=torch.float64)
+        self._converged = torch.tensor([s.converged for s in solutions])
         self.measure_mass()
         self.overlap = float(torch.stack(known).mean()) if known else math.nan
         if self.ready:
@@ -392,6 +371,7 @@ class DominantSubspace:
             "residual_norms": self._residuals,
             "next_eigenvalues": self._next,
             "next_residual_norms": self._next_residuals,
+            "converged": self._converged,
             "gap_warned": self._gap_warned,
             "cap_warned": self._cap_warned,
             "first_matvecs": self._first_matvecs,
@@ -413,6 +393,7 @@ class DominantSubspace:
         self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64).clone()
         self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64).clone()
         self._next_residuals = torch.as_tensor(state["next_residual_norms"], dtype=torch.float64).clone()
+        self._converged = torch.as_tensor(state["converged"], dtype=torch.bool).clone()
         self._gap_warned, self._cap_warned = bool(state["gap_warned"]), bool(state["cap_warned"])
         self._first_matvecs, self._earlier_steps = int(state["first_matvecs"]), int(state["earlier_steps"])
         self._has_probe = [any(bool(self.probes[i].any()) for i in group) for group in self.groups]

@@ -61,12 +61,14 @@ class Spectrum:
         next_value: Ritz value that followed the wanted ones.
         next_residual: its residual; Ritz values lie below eigenvalues, by no more than that.
         has_probe: whether a direction outside the basis is carried along.
+        converged: the last refresh met its tolerance; otherwise its values are too low to tell a gap.
     """
 
     values: Tensor
     next_value: float
     next_residual: float
     has_probe: bool
+    converged: bool = True
 
     @property
     def live(self) -> int:
@@ -81,7 +83,9 @@ class Spectrum:
         """
         if self.live == 0:
             return "cold"
-        if self.live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1 or not self.has_probe:
+        if self.live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1:
+            return "krylov"
+        if not (self.has_probe and self.converged):
             return "krylov"
         if self.next_value < -_ROUNDING * float(self.values[0]):
             return "krylov"
@@ -171,6 +175,28 @@ class Solution:
         if not bool(positive.all()):
             self.select(positive)
         return int(positive.sum())
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What one refresh did.
+
+    Attributes:
+        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos); with a
+            basis a layer, that of the first layer.
+        matvecs: products spent, the guard's included.
+        guard_matvecs: the part that looked for skipped values.
+        overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
+        converged: every wanted pair met the tolerance (an image is not tested and counts as converged).
+        reason: the solver's words.
+    """
+
+    kind: Kind
+    matvecs: int
+    guard_matvecs: int
+    overlap: float
+    converged: bool
+    reason: str
 
 
 def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
