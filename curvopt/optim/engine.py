@@ -128,7 +128,8 @@ class SubspaceEngine:
         if self.state.step < wait:
             return
         s = self.subspace
-        self.state.planned_matvecs = s.planned_matvecs if s.ready else 0
+        due = s.ready and isinstance(self.policy, Auto) and self.state.age >= self.state.interval
+        self.state.planned_matvecs = s.planned_matvecs if due else 0  # looked at by nothing else
         self.state.later_matvecs, self.state.later_steps = s.later_matvecs, s.later_steps
         decision = self.policy.decide(self.state)
         if decision == "keep":

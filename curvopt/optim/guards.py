@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -19,11 +20,23 @@ def all_finite(gradients: Sequence[Tensor]) -> Tensor:
     filled = [g for g in gradients if g.numel()]
     if not filled:
         return torch.ones((), dtype=torch.bool)
+    if all(g.device.type == "cpu" for g in filled):
+        # A sum takes a tenth of a max-norm's time on a CPU. It is NaN or infinite where an entry is; where all are
+        # finite it may still overflow, so that then the entries are asked themselves.
+        if all(math.isfinite(_sum(g)) for g in filled):
+            return torch.ones((), dtype=torch.bool)
+        return torch.stack([torch.isfinite(g).all() for g in filled]).all()
     norms = torch._foreach_norm(filled, float("inf"))
     first = norms[0]
     if any(n.dtype != first.dtype or n.device != first.device for n in norms):
         norms = tuple(n.to(first.device, torch.float64) for n in norms)
     return torch.isfinite(torch.stack(list(norms))).all()
+
+
+def _sum(gradient: Tensor) -> float:
+    # float() of a complex sum fails; its real view has the same entries.
+    real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return float(real.sum(dtype=torch.float64 if real.dtype == torch.float64 else torch.float32))
 
 
 def refuse_sparse(params: Iterable[Tensor], names: Callable[[], dict[int, str]]) -> None:

@@ -35,6 +35,7 @@ def no_gap(values: Tensor, gap: float) -> None:
 
 def unconverged(tol: float, reason: str, cold: bool) -> None:
     """Warn that a refresh ended early: a cold one at the cap it was given, a warm one at its own."""
+    reason = reason.removesuffix("; raise max_matvecs or tol")
     if cold:
         way_out = "the best basis found is used. Raise max_matvecs or tol"
     else:

@@ -445,3 +445,21 @@ def test_a_step_without_any_gradient_moves_nothing(entry):
     opt.step()
     assert torch.equal(before, world.flat())
     assert torch.isfinite(entry.train(world, opt, 2)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64])
+def test_finite_gradients_whose_sum_overflows_are_finite(dtype):
+    top = torch.finfo(dtype).max
+    huge = torch.full((100,), top, dtype=dtype)
+    assert bool(all_finite([torch.ones(3, dtype=dtype), huge]))
+    for bad in BAD:
+        for spot in (0, 57, 99):
+            broken = huge.clone()
+            broken[spot] = bad
+            assert not bool(all_finite([torch.ones(3, dtype=dtype), broken]))
+            single = torch.zeros(100, dtype=dtype)
+            single[spot] = bad
+            assert not bool(all_finite([single, torch.ones(3, dtype=dtype)]))
+    # Infinities of both signs give a NaN sum; an empty gradient has no entry that could be wrong.
+    assert not bool(all_finite([torch.tensor([float("inf"), -float("inf")]).to(dtype)]))
+    assert bool(all_finite([torch.empty(0, dtype=dtype)]))
