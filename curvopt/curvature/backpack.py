@@ -35,6 +35,7 @@ from curvopt.curvature.jacobian import Outputs
 from curvopt.curvature.losses import KnownLoss
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
+from curvopt.curvature.quiet import gradients
 
 
 # ---- second-order quantities on a structural copy
@@ -212,9 +213,7 @@ class _ProductGraph(GradientGraph):
             outputs, self.graph_loss = problem.call(batch)
             self.outputs = tuple(Outputs(outputs).tensors) if kind == "ggn" else ()
             top = self.outputs if kind == "ggn" else (self.graph_loss,)
-            parts = torch.autograd.grad(
-                top, problem.leaves, [torch.ones_like(t) for t in top], create_graph=True, allow_unused=True
-            )
+            parts = gradients(top, problem.leaves, [torch.ones_like(t) for t in top], create_graph=True)
         self.buffers = buffers
         self.kept = [(i, g) for i, g in enumerate(parts) if g is not None and (kind == "ggn" or g.requires_grad)]
 

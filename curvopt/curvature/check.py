@@ -188,11 +188,12 @@ class _Comparison:
         self.batch = batch
         self.leaves = list(leaves)
         self.start = [p.detach().clone() for p in leaves]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         scale = max(float(scale_of(leaves)), 1e-30)
-        self.scale = torch.tensor(scale, dtype=torch.float64)
+        self.scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
         self.vectors, self.others = (
-            [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in leaves] for _ in range(2)
+            [torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu").to(p) for p in leaves]
+            for _ in range(2)
         )
 
     def gradient(self, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:

@@ -173,7 +173,7 @@ class ClosureHessian(SymmetricOperator):
 
         def gradient_at(displacement: Tensor) -> Tensor:
             for p, start, step in zip(params, saved, self.layout.views(displacement), strict=True):
-                p.data.copy_(start + step.to(p.dtype))
+                p.data.copy_(start + step.to(p.dtype) if p.requires_grad else start)
             answer = self._call()
             if not self._trusted:
                 self._compare(answer, self._call())

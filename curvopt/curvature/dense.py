@@ -55,8 +55,8 @@ class PlantedSpectrum(SymmetricOperator):
 
     def __init__(self, eigenvalues: Tensor, seed: int = 0, reflections: int = 3) -> None:
         super().__init__(eigenvalues.shape[0], eigenvalues.dtype, eigenvalues.device)
-        generator = torch.Generator().manual_seed(seed)
-        raw = torch.randn(reflections, self.shape[0], generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        raw = torch.randn(reflections, self.shape[0], generator=generator, dtype=torch.float64, device="cpu")
         self.mirrors = (raw / raw.norm(dim=1, keepdim=True)).to(eigenvalues)
         self.spectrum = eigenvalues
 
@@ -68,7 +68,7 @@ class PlantedSpectrum(SymmetricOperator):
     def eigenvectors(self, index: list[int]) -> Tensor:
         """Unit eigenvectors (P, len(index)) that belong to ``eigenvalues[index]``."""
         rows = torch.zeros(len(index), self.shape[0], dtype=self.dtype, device=self.device)
-        rows[torch.arange(len(index)), torch.tensor(index)] = 1.0
+        rows[range(len(index)), index] = 1.0
         return self._rotate(rows, back=True).T
 
     def _multiply(self, rows: Tensor) -> Tensor:

@@ -42,6 +42,14 @@ def step_length(vector: Tensor, scale: Tensor, scheme: str, dtype: torch.dtype, 
     return (factor * relative) * scale.to(vector.dtype) / norm.clamp_min(torch.finfo(vector.dtype).tiny ** 0.5)
 
 
+def displaced(params: Sequence[Tensor], steps: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the parameters, moved by ``steps``; frozen ones have no curvature and stay."""
+    return [
+        (p.detach() + step.to(p.dtype)).requires_grad_() if p.requires_grad else p.detach()
+        for p, step in zip(params, steps, strict=True)
+    ]
+
+
 def difference_product(
     gradient_at: Callable[[Tensor], Tensor],
     vector: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvopt._errors import CurvatureModeWarning, DoubleBackwardError, NonFiniteError
 from curvopt.curvature.check import probe_double_backward
 from curvopt.curvature.data import Batch
-from curvopt.curvature.differences import difference_product, scale_of
+from curvopt.curvature.differences import difference_product, displaced, scale_of
 from curvopt.curvature.ggn import FactorCache
 from curvopt.curvature.graphs import GradientGraph
 from curvopt.curvature.hessian import METHODS, ProblemOperator
@@ -22,6 +22,7 @@ from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.losses import output_gradient
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
+from curvopt.curvature.quiet import gradients
 
 
 class FunctionalGraph(GradientGraph):
@@ -55,9 +56,7 @@ class FunctionalGraph(GradientGraph):
                 )
             self.kept = []
             if method == "double_backward":
-                parts = torch.autograd.grad(
-                    outputs.tensors, problem.leaves, self.weights, create_graph=True, allow_unused=True
-                )
+                parts = gradients(outputs.tensors, problem.leaves, self.weights, create_graph=True)
                 self.kept = [(i, part) for i, part in enumerate(parts) if part is not None and part.requires_grad]
         self.buffers = buffers
 
@@ -65,7 +64,7 @@ class FunctionalGraph(GradientGraph):
         """``J^T r`` at the problem's leaves now, r as it was at construction."""
         with self.problem.quiet(self.batch):
             outputs = Outputs(self.problem._outputs(self.batch))
-            return torch.autograd.grad(outputs.tensors, self.problem.leaves, self.weights, allow_unused=True)
+            return gradients(outputs.tensors, self.problem.leaves, self.weights)
 
 
 class FunctionalHessian(ProblemOperator):
@@ -184,11 +183,7 @@ class FunctionalHessian(ProblemOperator):
         params = self.layout.params
 
         def gradient_at(displacement: Tensor) -> Tensor:
-            moved = [
-                (p.detach() + step.to(p.dtype)).requires_grad_()
-                for p, step in zip(params, self.layout.views(displacement), strict=True)
-            ]
-            with self.problem.substituted(moved):
+            with self.problem.substituted(displaced(params, self.layout.views(displacement))):
                 return self.layout.flatten(graph.pull())
 
         return difference_product(gradient_at, row, scale_of(params), params[0].dtype)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvopt._errors import CurvatureError, NonFiniteError
 from curvopt.curvature.data import Batch, tensors_in
 from curvopt.curvature.problem import Problem
-from curvopt.curvature.quiet import Buffers
+from curvopt.curvature.quiet import Buffers, gradients
 
 Kept = TypeVar("Kept")
 
@@ -74,9 +74,9 @@ class GradientGraph:
             self.loss = loss.detach()
             if finite and not torch.isfinite(self.loss):
                 raise NonFiniteError(f"the loss is {self.loss.item()} on curvature batch {batch.number}: no curvature")
-            parts = torch.autograd.grad(loss, problem.leaves, create_graph=True, allow_unused=True)
+            parts = gradients(loss, problem.leaves, create_graph=True)
         self.buffers: Buffers = buffers
-        if all(part is None for part in parts):
+        if all(part is None for part in parts) and any(p.requires_grad for p in problem.leaves):
             raise CurvatureError(
                 "none of the operator's parameters takes part in the loss: "
                 + ", ".join(problem.layout.names[:3])
@@ -98,12 +98,11 @@ class GradientGraph:
             return
         leaves = self.problem.leaves
         with self.problem.quiet_backward(self.buffers):
-            parts: Sequence[Tensor | None] = torch.autograd.grad(
+            parts = gradients(
                 [part for _, part in self.kept],
                 leaves,
-                grad_outputs=[vectors[i].to(part.dtype) for i, part in self.kept],
+                [vectors[i].to(part.dtype) for i, part in self.kept],
                 retain_graph=True,
-                allow_unused=True,
                 is_grads_batched=batched,
             )
         layout = self.problem.layout
@@ -157,6 +156,7 @@ class GraphCache(Generic[Kept]):
             tuple(id(p) for p in leaves),
             tuple(p._version for p in leaves),
             tuple(p.data_ptr() for p in leaves),
+            tuple(p.requires_grad for p in leaves),
         )
 
     def each(self) -> Iterator[Kept]:

@@ -269,10 +269,10 @@ class Hessian(ProblemOperator):
     # ---- differences
     def _gradient_at(self, displacement: Tensor) -> Tensor:
         if self._displaced is None:
-            self._displaced = [p.detach().clone().requires_grad_() for p in self.layout.params]
+            self._displaced = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.layout.params]
         with torch.no_grad():
             for twin, p, step in zip(self._displaced, self.layout.params, self.layout.views(displacement), strict=True):
-                twin.copy_(p + step.to(p.dtype))
+                twin.copy_(p + step.to(p.dtype) if p.requires_grad else p)
         with self.problem.substituted(self._displaced):
             return self.problem.gradient()
 

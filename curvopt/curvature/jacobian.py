@@ -11,9 +11,9 @@ from torch import Tensor
 from curvopt._errors import CurvatureError, DoubleBackwardError
 from curvopt.curvature.check import NO_SECOND
 from curvopt.curvature.data import Batch
-from curvopt.curvature.differences import scale_of, step_length
+from curvopt.curvature.differences import displaced, scale_of, step_length
 from curvopt.curvature.problem import Problem
-from curvopt.curvature.quiet import Buffers
+from curvopt.curvature.quiet import Buffers, gradients
 
 WAY_OUT = "forward=lambda m, b: m(**inputs(b)).logits"
 
@@ -128,9 +128,7 @@ class BatchJacobian:
 
     def _record(self) -> None:
         self._dummies = [torch.zeros_like(o, requires_grad=True) for o in self.outputs.tensors]
-        pulled = torch.autograd.grad(
-            self.outputs.tensors, self.leaves, self._dummies, create_graph=True, allow_unused=True
-        )
+        pulled = gradients(self.outputs.tensors, self.leaves, self._dummies, create_graph=True)
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         lost = [self.problem.layout.names[i] for i, g in enumerate(pulled) if g is not None and not g.requires_grad]
         if lost:
@@ -167,9 +165,7 @@ class BatchJacobian:
     def pull(self, cotangents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """J^T u, one tensor a parameter, None where the outputs do not depend on it."""
         with self.problem.quiet_backward(self.buffers):
-            return torch.autograd.grad(
-                self.outputs.tensors, self.leaves, list(cotangents), retain_graph=True, allow_unused=True
-            )
+            return gradients(self.outputs.tensors, self.leaves, list(cotangents), retain_graph=True)
 
     def _difference(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         layout = self.problem.layout
@@ -179,10 +175,7 @@ class BatchJacobian:
         step = step_length(flat, scale_of(self.leaves), "central", self.leaves[0].dtype)
         ends = []
         for signed in (step, -step):
-            moved = [
-                (p.detach() + (signed * v).to(p.dtype)).requires_grad_()
-                for p, v in zip(self.leaves, layout.views(flat), strict=True)
-            ]
+            moved = displaced(self.leaves, layout.views(flat * signed))
             with self.problem.substituted(moved), self.problem.quiet(self.batch):
                 ends.append([o.detach() for o in Outputs(self.problem._outputs(self.batch)).tensors])
         return [(a - b) / (2 * step).to(a.dtype) for a, b in zip(*ends, strict=True)]
@@ -196,10 +189,10 @@ class BatchJacobian:
         Raises:
             DoubleBackwardError: they differ by more than rounding explains.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+            return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
         v = [draw(p) for p in self.leaves]
         w = [draw(o) for o in self.outputs.tensors]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvopt._errors import CurvatureError, DoubleBackwardError
+from curvopt.curvature.quiet import gradients
 
 Product = Callable[[Tensor], Tensor]
 """Maps w to H_l w, both shaped like the outputs."""
@@ -173,7 +174,7 @@ def output_gradient(
         n = len(leaves)
         parts: Sequence[Tensor | None] = [None] * (n + len(params))
         if value.requires_grad:
-            parts = torch.autograd.grad(value, [*leaves, *params], create_graph=create_graph, allow_unused=True)
+            parts = gradients(value, [*leaves, *params], create_graph=create_graph)
     if all(part is None for part in parts[:n]):
         raise CurvatureError(
             "the loss does not depend on the model's output tensors, so there is no Gauss-Newton matrix; give a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ class SymmetricOperator:
     Attributes:
         matvecs: products so far; a block of m counts m.
         layout: order and shapes of the parameters behind the flat index, or None for a plain matrix.
+        process_group: over which optimizers average products when torch.distributed runs: None for the default group,
+            False for none (each process trains a model of its own).
     """
+
+    process_group: Any = None
 
     def __init__(
         self,
@@ -230,7 +234,7 @@ class Restricted(SymmetricOperator):
     def __init__(
         self, operator: SymmetricOperator, index: Tensor | slice, layout: ParameterLayout | None = None
     ) -> None:
-        size = torch.arange(operator.shape[0])[index].numel()
+        size = torch.arange(operator.shape[0], device="cpu")[index].numel()
         super().__init__(size, operator.dtype, operator.device, layout)
         self.operator = operator
         self.index = index

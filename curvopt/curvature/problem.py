@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from curvopt._errors import CurvatureError, CurvatureModeWarning
 from curvopt._params import ParameterLayout, named_parameters
 from curvopt.curvature.data import Batch, DataSource, nbytes, place, tensors_in
-from curvopt.curvature.quiet import Buffers, all_modules, mixed_seed, quiet_backward, quiet_forward, substituted
+from curvopt.curvature.quiet import (
+    Buffers,
+    all_modules,
+    gradients,
+    mixed_seed,
+    quiet_backward,
+    quiet_forward,
+    substituted,
+)
 from curvopt.curvature.reduction import reduction_of, weigh
 
 
@@ -305,7 +313,7 @@ class Problem:
             batch = self.placed(batch)
             with self.quiet(batch):
                 _, loss = self.call(batch)
-                parts = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+                parts = gradients(loss, self.leaves)
             total += loss.detach()
             for piece, part in zip(self.layout.views(gradient), parts, strict=True):
                 if part is not None:

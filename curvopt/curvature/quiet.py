@@ -7,6 +7,7 @@ What a forward or backward pass may move, and how each is kept still:
 - **Tensors set as attributes by a forward pass** (the old ``weight_norm``, cached activations): put back.
 - **Random numbers**: torch's CPU generator and the one of the parameters' CUDA device are saved, seeded for the pass
   and restored. ``everything=True`` (reading data, calling closures) does the same for Python's and numpy's.
+- **Weights that a forward pass writes to**: embeddings forget their ``max_norm`` for the length of a pass.
 - **Training flags**: saved for each module apart. ``.grad``: never used, because gradients come from ``autograd.grad``.
 - **Gradient hooks** of parameters and full backward hooks of modules: suspended, since they would fire in passes that
   are not the user's. Forward hooks are part of the model and do run.
@@ -89,6 +90,15 @@ def all_modules(roots: Iterable[object]) -> list[nn.Module]:
     return list(found.values())
 
 
+def gradients(
+    outputs: Any, inputs: Sequence[Tensor], grad_outputs: Any = None, **options: Any
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad``, with None for inputs that take no part, and for those frozen by now."""
+    live = [p for p in inputs if p.requires_grad]
+    found = iter(torch.autograd.grad(outputs, live, grad_outputs, allow_unused=True, **options) if live else ())
+    return tuple(next(found) if p.requires_grad else None for p in inputs)
+
+
 @contextmanager
 def _emptied(dictionaries: Iterable[dict[Any, Any] | None]) -> Iterator[None]:
     stored = [(hooks, list(hooks.items())) for hooks in dictionaries if hooks]
@@ -154,6 +164,21 @@ def _tensor_attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name, value in entry.items():
                 if attributes.get(name) is not value:
                     attributes[name] = value
+
+
+@contextmanager
+def _renorm_put_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """``max_norm`` of embeddings, whose forward pass writes to the weights: rows in use are within it after a step's own."""
+    limits = [
+        (m, m.max_norm) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
+    for module, _ in limits:
+        module.max_norm = None
+    try:
+        yield
+    finally:
+        for module, limit in limits:
+            module.max_norm = limit
 
 
 @contextmanager
@@ -244,6 +269,7 @@ def quiet_forward(
         stack.enter_context(_modes(model, modules, mode))
         stack.enter_context(swapped_buffers(buffers))
         stack.enter_context(_tensor_attributes_kept(modules))
+        stack.enter_context(_renorm_put_aside(modules))
         stack.enter_context(_module_hooks_suspended(modules))
         stack.enter_context(gradient_hooks_suspended(params))
         stack.enter_context(differentiable_kernels(modules, device))
@@ -262,6 +288,7 @@ def quiet_backward(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(swapped_buffers(buffers))
+        stack.enter_context(_renorm_put_aside(modules))
         stack.enter_context(gradient_hooks_suspended(params))
         stack.enter_context(differentiable_kernels(modules, device))
         yield

@@ -84,7 +84,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerI
         if np.abs(grams[1] - np.eye(k + 1)).max() > 1e-3:
             raise ValueError("rows must be orthonormal to 1e-3")
         if not np.isfinite(grams[0]).all():
-            unknown = torch.full((k + 1,), float("nan"), dtype=torch.float64)
+            unknown = torch.full((k + 1,), float("nan"), dtype=torch.float64, device="cpu")
             return PowerImage(rows, unknown, unknown, 0.0, False, False, False, 0, k + 1)
         values, vectors = np.linalg.eigh((grams[0] + grams[0].T) / 2)
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
