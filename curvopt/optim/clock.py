@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from statistics import median
+from typing import Any
 
 from curvopt._errors import OverheadWarning, warn
 
@@ -16,6 +17,8 @@ class StepClock:
 
     Attributes:
         refresh, projection, step: seconds so far; ``step`` leaves out the steps that hold a refresh.
+        product: seconds of one product, from the first refresh; NaN before. Saved with the state: a run resumed
+            before its cost ratio was measured has its first refresh behind it.
     """
 
     def __init__(self) -> None:
@@ -24,9 +27,13 @@ class StepClock:
         self.step = 0.0
         self._steps: list[float] = []
         self._projections: list[float] = []
-        self._product = math.nan
+        self.product = math.nan
         self._last_end: float | None = None
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the time of the last step's end: it means nothing to another process."""
+        return {**self.__dict__, "_last_end": None}
 
     @property
     def total(self) -> float:
@@ -37,8 +44,8 @@ class StepClock:
         """Add a refresh; the step that holds it says nothing about a plain step."""
         self.refresh += seconds
         self._last_end = None
-        if math.isnan(self._product) and matvecs:
-            self._product = seconds / matvecs
+        if math.isnan(self.product) and matvecs:
+            self.product = seconds / matvecs
 
     def note_projection(self, seconds: float) -> None:
         """Add a projection."""
@@ -68,8 +75,8 @@ class StepClock:
                 self._steps.append(seconds)
             if len(self._steps) == _TIMED_STEPS:
                 step = median(self._steps)
-                if math.isnan(cost_ratio) and not math.isnan(self._product):
-                    cost_ratio = self._product / step
+                if math.isnan(cost_ratio) and not math.isnan(self.product):
+                    cost_ratio = self.product / step
                 self._look_at_projection(step, overhead)
         self._last_end = now
         return cost_ratio

@@ -31,6 +31,7 @@ def export(engine: SubspaceEngine) -> None:
         "schedule_age": engine.state.age,
         "interval": engine.state.interval,
         "cost_ratio": engine.state.cost_ratio,
+        "product_seconds": engine.clock.product,
         "started": engine.started,
         "alignment": engine.alignment,
         "refused": engine.refusals.row,
@@ -66,6 +67,8 @@ def restore(engine: SubspaceEngine) -> None:
         state = engine.state
         state.step, state.age = int(saved["step"]), int(saved["schedule_age"])
         state.interval, state.cost_ratio = int(saved["interval"]), float(saved["cost_ratio"])
+        if math.isnan(engine.clock.product):  # this process has measured none yet
+            engine.clock.product = float(saved.get("product_seconds", math.nan))
         engine.started, engine.alignment = bool(saved["started"]), float(saved["alignment"])
         engine.refusals.row, engine.history_filled = int(saved["refused"]), int(saved["history_filled"])
         if saved.get("route") and hasattr(engine.source.operator, "route"):

@@ -1,9 +1,11 @@
 """What is saved comes back: state dicts, checkpoints in new processes, deepcopy, pickle, and what is refused."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -427,3 +429,32 @@ def test_saving_and_loading_leave_no_trace(entry):
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert torch.equal(left.flat(), entry.train(right, quiet, steps))
     assert opt.stats()["matvecs"] == quiet.stats()["matvecs"]
+
+
+def test_auto_goes_on_when_resumed_before_its_costs_were_measured():
+    """The cost of a product comes from the first refresh, which a run resumed a step later has behind it."""
+    first, later = World(), World()
+    settings = dict(lr=0.1, rank=RANK, overhead=1e6)  # the budget allows everything, once the ratio is known
+    opt = BulkSGD(first.params(), curvature=first.curvature(), **settings)
+    first.train(opt, 1)
+    assert math.isnan(opt.stats()["cost_ratio"])
+    later.model.load_state_dict(first.model.state_dict())
+    resumed = BulkSGD(later.params(), curvature=later.curvature(), **settings)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    later.train(resumed, 30, start=1)
+    assert resumed.stats()["cost_ratio"] > 0
+    assert resumed.stats()["refreshes"] > 1
+
+
+def test_unpickled_optimizers_do_not_time_the_pause(monkeypatch):
+    world = World()
+    opt = BY_NAME["BulkSGD"].of(world)
+    world.train(opt, 4)
+    twin = pickle.loads(pickle.dumps(opt))
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    clock = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e6)  # another process's clock starts elsewhere
+    twin.step()
+    assert twin.stats()["seconds_total"] < 1e3
