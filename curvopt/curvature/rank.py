@@ -28,7 +28,8 @@ def suggested_rank(problem: Problem) -> tuple[int, str] | None:
     if not isinstance(outputs, Tensor):
         return None
     if squared:
-        count = outputs.shape[-1] if outputs.dim() > 1 else 1
+        # (N, ..., C) as linear layers leave it, (N, C, height, width) as convolutions do
+        count = outputs.shape[1 if outputs.dim() > 3 else -1] if outputs.dim() > 1 else 1
         return count, f"C = {count} outputs under a squared loss"
     count = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
     return (count - 1, f"C - 1 = {count - 1} for softmax cross-entropy with C = {count} classes") if count > 1 else None

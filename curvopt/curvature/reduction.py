@@ -56,7 +56,13 @@ def is_loss(loss_fn: Any, kinds: tuple[Any, ...]) -> bool:
         if loss_fn.args:
             return False
         loss_fn = loss_fn.func
-    return any(type(loss_fn) is kind if isinstance(kind, type) else loss_fn is kind for kind in kinds)
+    for kind in kinds:
+        if isinstance(kind, type):
+            if isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward:  # a subclass may reduce otherwise
+                return True
+        elif loss_fn is kind:
+            return True
+    return False
 
 
 def reduction_of(loss_fn: Callable[..., Any], reduction: str | None) -> str:

@@ -120,7 +120,11 @@ def _infer_rank(operator: SymmetricOperator) -> int:
     found = suggest() if suggest is not None else None
     if found is not None and 1 <= found[0] <= 20:
         return int(found[0])
-    why = "the loss does not tell the number of classes" if found is None else f"{found[1]} gives {found[0]}"
-    warn(f"rank=None: {why}, outside 1 to 20; taking rank=10. Give rank= to choose", RankWarning)
+    if found is None:
+        why = "curvature and loss do not tell the number of outputs"
+    else:
+        why = f"{found[1]}, and {found[0]} lies outside 1 to 20"
     assert operator.layout is not None
-    return min(10, operator.layout.total)
+    rank = min(10, operator.layout.total)
+    warn(f"rank=None: {why}; taking rank={rank}. Give rank= to choose", RankWarning)
+    return rank

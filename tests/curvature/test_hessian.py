@@ -372,6 +372,12 @@ def test_suggested_rank(name, rank):
         assert f"= {rank}" in found[1]
 
 
+def test_suggested_rank_of_images_under_a_squared_loss():
+    model = nn.Conv2d(2, 3, 3)
+    op = Hessian(model, nn.MSELoss(), (torch.randn(2, 2, 7, 8), torch.randn(2, 3, 5, 6)), check=False)
+    assert op.suggested_rank()[0] == 3
+
+
 def test_bad_settings():
     model, loss_fn, data, _ = BY_NAME["mlp"].make()
     with pytest.raises(

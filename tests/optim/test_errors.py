@@ -182,7 +182,9 @@ def test_rank_that_the_loss_does_not_tell():
     p = nn.Parameter(torch.ones(30, dtype=torch.float64))
     op = DiagonalOperator(torch.arange(1.0, 31.0, dtype=torch.float64))
     op.layout = ParameterLayout([p])
-    with pytest.warns(RankWarning, match="rank=None: the loss does not tell the number of classes.*taking rank=10"):
+    with pytest.warns(
+        RankWarning, match="rank=None: curvature and loss do not tell the number of outputs; taking rank=10"
+    ):
         opt = BulkSGD([p], lr=0.1, curvature=op)
     assert opt.subspace.rank == 10
 
