@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvopt.curvature.functional import FunctionalHessian
 from curvopt.curvature.hessian import Hessian
+from curvopt.curvature.second_moment import GradientSecondMoment
 from curvopt.optim import BulkSGD, DomSGD, GGNProjectedSGD, InterpolatedSGD, SubspaceScaled
 
 RANK, PERIOD = 2, 3
@@ -299,6 +301,20 @@ def errors(world: World) -> Iterator[tuple[str, Callable[[], Any], type[Exceptio
         ValueError,
         r"GGNProjectedSGD needs outputs and loss apart.*curvopt\.GGN",
     )
+    for made, kind in (
+        (lambda: op.shift(0.1), "Hessian"),
+        (lambda: FunctionalHessian(world.model, world.loss_fn, (world.x, world.y)), "FunctionalHessian"),
+        (
+            lambda: op.ggn() + GradientSecondMoment(world.model, world.loss_fn, (world.x, world.y)),
+            "GradientSecondMoment",
+        ),
+    ):
+        yield (
+            f"GGN from a {kind}",
+            lambda made=made: GGNProjectedSGD(params, lr=0.1, rank=1, curvature=made()),
+            ValueError,
+            rf"GGNProjectedSGD needs a GGN, but its curvature holds a {kind}: give curvature=curvopt\.GGN",
+        )
     yield (
         "base no optimizer",
         lambda: SubspaceScaled(world.model, rank=0),

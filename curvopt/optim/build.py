@@ -10,7 +10,10 @@ from torch import Tensor
 from curvopt._errors import RankWarning, warn
 from curvopt._params import ParameterLayout
 from curvopt.curvature.closure import ClosureHessian
+from curvopt.curvature.functional import FunctionalHessian
+from curvopt.curvature.hessian import Hessian
 from curvopt.curvature.operator import SymmetricOperator
+from curvopt.curvature.second_moment import GradientSecondMoment
 from curvopt.optim.config import SubspaceConfig
 from curvopt.subspace.dominant import DominantSubspace
 
@@ -56,6 +59,30 @@ def resolve_operator(
         )
     _check_subset(curvature, params)
     return curvature
+
+
+def as_ggn(curvature: SymmetricOperator | str | None) -> SymmetricOperator | None:
+    """What GGNProjectedSGD multiplies with: a Hessian becomes a GGN, a GGN and matrices of unknown kind stay.
+
+    Raises:
+        ValueError: a closure, or an operator with another curvature in it; its eigenvectors are not the GGN's.
+    """
+    way_out = "give curvature=curvopt.GGN(model, loss_fn, data)"
+    if isinstance(curvature, str):
+        raise ValueError(
+            f"GGNProjectedSGD needs outputs and loss apart, which curvature={curvature!r} hides: {way_out}"
+        )
+    if curvature is None:
+        return None
+    convert = getattr(curvature, "ggn", None)
+    operator: SymmetricOperator = curvature if convert is None else convert()
+    parts: list[Any] = [operator]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (Hessian, FunctionalHessian, GradientSecondMoment, ClosureHessian)):
+            raise ValueError(f"GGNProjectedSGD needs a GGN, but its curvature holds a {type(part).__name__}: {way_out}")
+        parts.extend(getattr(part, "children", ()))
+    return operator
 
 
 def closure_operator(params: Sequence[Tensor], config: SubspaceConfig, closure: Closure | None) -> ClosureHessian:

@@ -14,6 +14,7 @@ from curvopt._errors import CurvatureError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.optim import rules
 from curvopt.optim.base import Closure, SubspaceOptimizer, describe
+from curvopt.optim.build import as_ggn
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.engine import SubspaceEngine
 from curvopt.optim.guards import refuse_sparse
@@ -425,16 +426,10 @@ class GGNProjectedSGD(SubspaceSGD):
         bulk: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if isinstance(curvature, str):
-            raise ValueError(
-                f"GGNProjectedSGD needs outputs and loss apart, which curvature={curvature!r} hides: "
-                "give curvature=curvopt.GGN(model, loss_fn, data)"
-            )
-        convert = getattr(curvature, "ggn", None)
         super().__init__(
             params,
             *args,
-            curvature=curvature if convert is None else convert(),
+            curvature=as_ggn(curvature),
             dominant=dominant,
             bulk=bulk,
             **kwargs,

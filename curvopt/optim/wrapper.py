@@ -145,13 +145,25 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
                 seen = seen or bool(state)
                 roots.append(None)
                 continue
-            group = group_of[id(p)]
-            correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-            roots.append((second / correction).sqrt().add_(group["eps"]).sqrt_())
+            roots.append(self._root(second, state, group_of[id(p)]))
         if all(r is None for r in roots):
             why = f"its state has no exp_avg_sq ({type(self.base).__name__})" if seen else "it has no state yet"
             raise ValueError(f"metric='preconditioner' needs exp_avg_sq in the base optimizer's state, but {why}")
         return roots
+
+    def _root(self, second: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """``D^{1/2}`` of one parameter; other libraries count steps in the group, or name things in their own way."""
+        found: dict[str, Any] = {key: group.get(key) for key in ("betas", "eps", "step")}
+        found["step"] = state.get("step", found["step"])
+        missing = [key for key, value in found.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"metric='preconditioner' needs {' and '.join(missing)} beside exp_avg_sq in state or groups of the base "
+                f"optimizer, which {type(self.base).__name__} keeps elsewhere; use torch.optim's Adam family, or "
+                "metric='euclidean'"
+            )
+        correction = 1.0 - float(found["betas"][1]) ** float(found["step"])
+        return (second / correction).sqrt().add_(found["eps"]).sqrt_()
 
     # ---- the step
     def step(self, closure: Closure | None = None) -> Any:
@@ -249,7 +261,8 @@ class SubspaceScaled(SubspaceOptimizer, Optimizer):
             decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
             if u is None or not decay:
                 continue
-            if group.get("decoupled_weight_decay", isinstance(self.base, torch.optim.AdamW)):
+            torchs = group.get("decoupled_weight_decay", isinstance(self.base, torch.optim.AdamW))
+            if torchs or (group.get("weight_decouple") and not group.get("fixed_decay")):  # as other libraries name it
                 u.mul_(1.0 - decay).add_(p, alpha=decay)  # u + lr wd (p - u), p - u being the weights before
 
     # ---- saving
