@@ -53,18 +53,22 @@ class Coefficients:
         params = self.subspace.parameters.params
         return [rate[id(p)] for p in params], [limit[id(p)] for p in params]
 
+    @staticmethod
+    def _host(numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
     def _along(self, group: Sequence[int], mass: Tensor) -> tuple[Tensor, Tensor]:
         """Learning rate and border along each row, weighted by the row's mass in each parameter; (k,) each."""
         rates, limits = self._rates()
         total = mass.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-        rate = torch.tensor([rates[i] for i in group], dtype=torch.float64) @ mass / total
-        limit = torch.tensor([limits[i] for i in group], dtype=torch.float64) @ mass / total
+        rate = self._host([rates[i] for i in group]) @ mass / total
+        limit = self._host([limits[i] for i in group]) @ mass / total
         return rate, limit * (self.config.edge / 2)
 
     def _moves(self, group: Sequence[int], mass: Tensor) -> Tensor:
         """Whether enough of each row (k,) lies in parameters whose learning rate is not 0: more than rounding."""
         rates, _ = self._rates()
-        moving = torch.tensor([float(rates[i] > 0) for i in group], dtype=torch.float64)
+        moving = self._host([float(rates[i] > 0) for i in group])
         return moving @ mass > _AT_REST * mass.sum(0)
 
     def cutoff(self, rows: Tensor, group: Sequence[int]) -> Tensor:

@@ -112,7 +112,7 @@ class SubspaceConfig:
             rule: Callable[..., Tensor] = rules.newton if self.dominant == "newton" else rules.edge
             return rule(eigenvalues, lr, self.damping if self.dominant == "newton" else limit)
         if callable(self.dominant):
-            a = torch.as_tensor(self.dominant(eigenvalues, lr), dtype=torch.float64)
+            a = torch.as_tensor(self.dominant(eigenvalues, lr), dtype=torch.float64, device="cpu")
             if a.shape not in (torch.Size([]), eigenvalues.shape):
                 raise ValueError(
                     f"dominant(eigenvalues, lr) must return a number or shape {tuple(eigenvalues.shape)}, "

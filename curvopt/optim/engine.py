@@ -195,6 +195,8 @@ class SubspaceEngine:
         self.export()
 
     def _in_metric(self, operator: SymmetricOperator) -> SymmetricOperator:
+        if self.source.from_closure and all(g.get("maximize") for g in self.groups()):
+            operator = -operator  # the closure computes what is maximised
         if self.config.metric != "preconditioner":
             return operator
         assert self.metric_root is not None and self.layout is not None

@@ -19,12 +19,12 @@ def all_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Whether all gradients are finite, as a 0-d bool tensor on their device (one pass, no host read)."""
     filled = [g for g in gradients if g.numel()]
     if not filled:
-        return torch.ones((), dtype=torch.bool)
+        return torch.ones((), dtype=torch.bool, device="cpu")
     if all(g.device.type == "cpu" for g in filled):
         # A sum takes a tenth of a max-norm's time on a CPU. It is NaN or infinite where an entry is; where all are
         # finite it may still overflow, so that then the entries are asked themselves.
         if all(math.isfinite(_sum(g)) for g in filled):
-            return torch.ones((), dtype=torch.bool)
+            return torch.ones((), dtype=torch.bool, device="cpu")
         return torch.stack([torch.isfinite(g).all() for g in filled]).all()
     norms = torch._foreach_norm(filled, float("inf"))
     first = norms[0]

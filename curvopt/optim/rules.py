@@ -57,7 +57,7 @@ def squared_norm(update: Sequence[Tensor | None]) -> Tensor:
     """``||u||^2`` as a 0-d tensor on the device."""
     parts = [u.square().sum() for u in update if u is not None]
     if not parts:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     return torch.stack(parts).sum()
 
 

@@ -56,6 +56,8 @@ class SubspaceSGD(SubspaceOptimizer, torch.optim.SGD):
         start: first step with a basis, or ``"aligned"``: once the running mean (weight .9 on the past) of the
             gradient's dominant share reaches ``start_threshold``, at the latest at step ``start_timeout``.
         project: ``"update"`` splits the displacement, ``"gradient"`` the gradient before it enters the rule.
+        maximize: as torch's. ``"closure"`` then differentiates what is maximised and turns the sign; an operator is
+            taken as it is, so give that of the function that falls (``-curvopt.Hessian(...)`` of one that rises).
         source: ``"curvature"``, or ``"history"``: principal directions of past displacements, no products.
         layout: ``"whole"``, or ``"layer"`` for one basis a layer.
         max_matvecs: cap on the products of a refresh; 4k + 20 by default.

@@ -102,13 +102,13 @@ class DominantSubspace:
 
     def _reset_spectrum(self) -> None:
         shape = (len(self.groups), self.rank)
-        self._values = torch.zeros(shape, dtype=torch.float64)
-        self._residuals = torch.full(shape, math.inf, dtype=torch.float64)
-        self._next = torch.zeros(shape[0], dtype=torch.float64)
-        self._next_residuals = torch.zeros(shape[0], dtype=torch.float64)
+        self._values = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self._residuals = torch.full(shape, math.inf, dtype=torch.float64, device="cpu")
+        self._next = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
+        self._next_residuals = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
         self._has_probe = [False] * shape[0]
-        self._converged = torch.zeros(shape[0], dtype=torch.bool)
-        self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64)
+        self._converged = torch.zeros(shape[0], dtype=torch.bool, device="cpu")
+        self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64, device="cpu")
 
     def _find_layers(self) -> None:
         if self.layout == "whole" or self.operator is None:
@@ -314,9 +314,9 @@ class DominantSubspace:
                 start += size
             values[g], residuals[g] = s.values, s.residuals
         self._values, self._residuals = values, residuals
-        self._next = torch.tensor([s.next_value for s in solutions], dtype=torch.float64)
-        self._next_residuals = torch.tensor([s.next_residual for s in solutions], dtype=torch.float64)
-        self._converged = torch.tensor([s.converged for s in solutions])
+        self._next = torch.tensor([s.next_value for s in solutions], dtype=torch.float64, device="cpu")
+        self._next_residuals = torch.tensor([s.next_residual for s in solutions], dtype=torch.float64, device="cpu")
+        self._converged = torch.tensor([s.converged for s in solutions], device="cpu")
         self.measure_mass()
         self.overlap = float(torch.stack(known).mean()) if known else math.nan
         if self.ready:
@@ -350,7 +350,7 @@ class DominantSubspace:
         """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh."""
         if self.layout != "whole":
             raise ValueError("replace() is for layout='whole'")
-        none = torch.zeros(self.rank, dtype=torch.float64)
+        none = torch.zeros(self.rank, dtype=torch.float64, device="cpu")
         self._commit([Solution(rows, values.double().cpu(), none, None, 0.0, 0.0, "krylov", True, "given")], 0)
 
     def measure_mass(self) -> None:
@@ -381,7 +381,7 @@ class DominantSubspace:
     def load_scalars(self, state: dict[str, Any]) -> None:
         """Restore what ``scalars`` gave; call after the blocks are in place."""
         expected = (len(self.groups), self.rank)
-        values = torch.as_tensor(state["eigenvalues"], dtype=torch.float64)
+        values = torch.as_tensor(state["eigenvalues"], dtype=torch.float64, device="cpu")
         if tuple(values.shape) != expected:
             raise ValueError(
                 f"saved eigenvalues have shape {tuple(values.shape)}, this subspace needs {expected}: rank differs"
@@ -390,10 +390,10 @@ class DominantSubspace:
         self.attempts, self.matvecs = int(state["attempts"]), int(state["matvecs"])
         self.overlap = float(state["overlap"])
         self._values = values.clone()
-        self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64).clone()
-        self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64).clone()
-        self._next_residuals = torch.as_tensor(state["next_residual_norms"], dtype=torch.float64).clone()
-        self._converged = torch.as_tensor(state["converged"], dtype=torch.bool).clone()
+        self._residuals = torch.as_tensor(state["residual_norms"], dtype=torch.float64, device="cpu").clone()
+        self._next = torch.as_tensor(state["next_eigenvalues"], dtype=torch.float64, device="cpu").clone()
+        self._next_residuals = torch.as_tensor(state["next_residual_norms"], dtype=torch.float64, device="cpu").clone()
+        self._converged = torch.as_tensor(state["converged"], dtype=torch.bool, device="cpu").clone()
         self._gap_warned, self._cap_warned = bool(state["gap_warned"]), bool(state["cap_warned"])
         self._first_matvecs, self._earlier_steps = int(state["first_matvecs"]), int(state["earlier_steps"])
         self._has_probe = [any(bool(self.probes[i].any()) for i in group) for group in self.groups]

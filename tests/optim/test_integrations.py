@@ -9,6 +9,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from curvopt.linalg import eigsh, spectral_density, trace
 from curvopt.optim import BulkSGD, SubspaceScaled
 from tests.optimizer_db import BY_NAME, ENTRIES, HALF, RANK, World
 
@@ -258,3 +259,66 @@ def test_a_flattened_checkpoint_into_a_wrapper_that_has_stepped_is_refused():
     saved = dcp.get_optimizer_state_dict(world.model, opt, options=OPTIONS["flattened"])
     with pytest.raises(ValueError, match="counts 1 refreshes but holds no basis of parameter '0.weight'"):
         dcp.set_optimizer_state_dict(twin.model, used, saved, options=OPTIONS["flattened"])
+
+
+@pytest.fixture
+def elsewhere():
+    """A default device that nothing can be computed on: what is made without naming a device shows."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+# torch's own Adam and its kin count their steps on the default device, wherever the parameters are.
+@pytest.mark.parametrize(
+    "name",
+    ["BulkSGD", "InterpolatedSGD-edge", "InterpolatedSGD-history", "GGNProjectedSGD", "SubspaceScaled(SGD)"],
+)
+@pytest.mark.parametrize("options", [{}, {"start": "aligned", "start_timeout": 4}], ids=["", "aligned"])
+def test_the_default_device_does_not_matter(name, options, elsewhere):
+    entry = BY_NAME[name]
+    if not entry.products:
+        options = {}
+    ends = []
+    for device in ("meta", None):
+        with torch.device("cpu"):
+            world, twin = World(), World()
+        torch.set_default_device(device)
+        opt = entry.of(world, **options)
+        entry.train(world, opt, 7)
+        fresh = entry.of(twin, **options)
+        fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert torch.equal(fresh.subspace.basis, opt.subspace.basis)
+        ends.append(world.flat())
+    assert torch.equal(*ends)
+
+
+def test_the_default_device_does_not_matter_to_solvers(elsewhere):
+    with torch.device("cpu"):
+        world = World()
+    op = world.curvature()
+    found = eigsh(op, 3)
+    assert found.converged
+    assert trace(op, probes=4).value > 0
+    assert len(spectral_density(op, deflate=found).grid) > 0
+    assert torch.isfinite(op.layers()["0"].to_dense()).all()
+    assert eigsh(op, 2, v0=found.eigenvectors).converged
+
+
+def test_maximize_turns_the_sign_of_a_closures_curvature():
+    ends = []
+    for sign, flag in ((1.0, False), (-1.0, True)):
+        world = World()
+        opt = BulkSGD(world.params(), lr=0.1, momentum=0.9, maximize=flag, curvature="closure", rank=2, refresh_every=3)
+        for i in range(8):
+
+            def closure(world=world, opt=opt, sign=sign, i=i):
+                opt.zero_grad()
+                loss = sign * world.loss(i)
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+        assert opt.subspace.eigenvalues[0] > 0.05
+        ends.append(world.flat())
+    assert torch.equal(*ends)
