@@ -32,6 +32,11 @@ class ParameterLayout:
         for label, p in zip(labels, given, strict=True):
             if not isinstance(p, Tensor):
                 raise TypeError(f"params must hold tensors, got {type(p).__name__} at {label!r}")
+            if hasattr(p, "placements"):  # a DTensor, without importing torch.distributed for everybody
+                raise TypeError(
+                    f"parameter {label!r} is a DTensor (fully_shard, tensor parallelism): curvature over sharded "
+                    "parameters is not supported yet; DistributedDataParallel is"
+                )
             if not p.is_floating_point():
                 raise TypeError(f"params must be real floating-point tensors, got {p.dtype} at {label!r}")
             kept.setdefault(id(p), (label, p))

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvopt._errors import LearningRateWarning, RefreshWarning, warn
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
+from curvopt.curvature.parallel import agree, averaged
 from curvopt.optim import rules
 from curvopt.optim.build import make_subspace
 from curvopt.optim.clock import StepClock
@@ -172,7 +173,9 @@ class SubspaceEngine:
         operator = self.source.now(closure, self.subspace.parameters)
         params = [p for g in self.groups() for p in g["params"]]
         try:
-            self.subspace.operator = self._in_metric(operator)
+            operator = self._in_metric(averaged(operator))
+            if operator is not self.subspace.operator:
+                self.subspace.attach(operator)
             with self.source.gradients_aside(params, self.subspace.parameters):
                 self.subspace.refresh(cold=cold, cutoff=self.coefficients.cutoff if self.subspace.adaptive else None)
         except Exception as error:  # data that raise may raise anything
@@ -326,7 +329,10 @@ class SubspaceEngine:
             if self.history_filled >= self.subspace.rank or self.state.refreshes:
                 self._refresh_from_history()
         overhead = self.config.overhead if isinstance(self.policy, Auto) else None
-        self.state.cost_ratio = self.clock.end_step(self.state.cost_ratio, overhead)
+        ratio = self.clock.end_step(self.state.cost_ratio, overhead)
+        if math.isnan(self.state.cost_ratio) and not math.isnan(ratio) and self.source.operator is not None:
+            ratio = agree(ratio, self.source.operator)
+        self.state.cost_ratio = ratio
 
     def stats(self) -> dict[str, float]:
         """Counts and seconds so far: products, refreshes, and the shares of the step time they took."""
