@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.config import ConfigError, available, compose_run, load_run, run_directory
+from benchmarks.config import ConfigError, available, compose_run, repeat_run, run_directory
 from benchmarks.progress import RunProgress
 from curvopt._errors import CurvoptError
 
@@ -46,13 +46,15 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     run = commands.add_parser("run", help="train one optimizer on one task")
     run.add_argument("task", nargs="?", help="a file in configs/task")
     run.add_argument("optimizer", nargs="?", help="a file in configs/optimizer")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="optimizer.lr=0.1 task.loss=mse steps=500 ...")
-    run.add_argument("--config", type=Path, metavar="FILE", help="repeat the run whose config.yaml this is")
+    run.add_argument(
+        "--config", type=Path, metavar="FILE", help="repeat the run whose config.yaml this is (out=FOLDER: elsewhere)"
+    )
     run.add_argument("--fresh", action="store_true", help="delete what an earlier call of the same run left")
 
     bench = commands.add_parser("bench", help="the main comparison, on MNIST-5k or else on the bundled digits")
@@ -91,9 +93,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.protocol.train import execute
 
     if options.config is not None:
-        if options.task is not None:
+        given = [word for word in (options.task, options.optimizer, *options.overrides) if word is not None]
+        if any("=" not in word for word in given):
             raise ConfigError("--config takes everything from the saved file: name no task beside it")
-        config = load_run(options.config)
+        config = repeat_run(options.config, given)
     else:
         if options.task is None or options.optimizer is None:
             raise ConfigError(
@@ -110,6 +113,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     for text in r.get("warnings", []):
         console.print(text, soft_wrap=True, highlight=False)
     console.print(f"Data: {r['data']}", soft_wrap=True)
+    if r.get("log"):
+        console.print(r["log"], soft_wrap=True, highlight=False)
     if outcome.status != "done":
         console.print(
             f"{config.optimizer['label']}: {outcome.status} at step {r['step']}: {outcome.reason}", soft_wrap=True
@@ -147,7 +152,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.report.write import write_report
 
     suite = load_suite("bench")
-    optimizers = options.optimizers.split(",") if options.optimizers else suite.optimizers
+    optimizers = list(dict.fromkeys(options.optimizers.split(","))) if options.optimizers else suite.optimizers
     task = options.task or _bench_task(suite.tasks, console)
     out = options.out / f"bench-{task}"
     overrides = [*suite.overrides, *options.overrides, f"out={out / 'runs'}"]
@@ -197,7 +202,18 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 def _fetch(options: argparse.Namespace, console: Console) -> int:
     from benchmarks import data
 
-    console.print(f"{options.name}: {data.fetch(options.name)}", soft_wrap=True)
+    with RunProgress() as bar:
+        at_work: list[str] = []
+
+        def show(file: str, received: int, expected: int) -> None:
+            if file not in at_work:
+                bar.finish_run()
+                at_work.append(file)
+                bar.begin(f"{options.name}: {file} (KiB)", max(expected >> 10, 1))
+            bar.advance(received >> 10, "downloading")
+
+        folder = data.fetch(options.name, progress=show)
+    console.print(f"{options.name}: {folder}", soft_wrap=True)
     return 0
 
 
@@ -214,19 +230,35 @@ def _list(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "bench": _bench, "tune": _tune, "report": _report, "fetch": _fetch, "list": _list}
+_COMMANDS = {
+    "run": _run,
+    "bench": _bench,
+    "tune": _tune,
+    "report": _report,
+    "fetch": _fetch,
+    "list": _list,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 for success, 2 for a request that can't be met, 130 for an interruption."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # argparse gives up on KEY=VALUE that come after an option.
+    if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    if options.command is None:
+        top.print_help()
+        return 2
     # Tables keep their figures whole in files and pipes, whose width nobody knows.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     try:
         return _COMMANDS[options.command](options, console)
-    except (ConfigError, CurvoptError) as error:
+    except (ConfigError, CurvoptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130

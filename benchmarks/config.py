@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
@@ -90,7 +91,8 @@ class RunConfig:
         device, threads: where it runs.
         out: folder of all runs; run_dir: the folder of this one, instead of the one named by the config's hash.
         product_cost: gradients of a training batch that one curvature product costs; None measures it once.
-        route: "loop" or "batched", how blocks of products are multiplied; None measures it once.
+        route: "loop" or "batched", how blocks of products are multiplied; None takes the loop on a CPU, where batching
+            gains nothing, and elsewhere times both once.
         wandb: see WandbConfig.
     """
 
@@ -289,6 +291,8 @@ def load_run(path: str | Path) -> RunConfig:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration at {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict) or "task" not in values or "optimizer" not in values:
         raise ConfigError(f"{path} is not the saved configuration of a run")
     return _from_dict({str(k): v for k, v in values.items()})
@@ -299,6 +303,45 @@ def config_hash(config: RunConfig) -> str:
     values = {k: v for k, v in to_dict(config).items() if k not in (*_NOT_HASHED, "seed")}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """All that determines the numbers of a run but for its seed, flat, by dotted names."""
+    values = {k: v for k, v in to_dict(config).items() if k not in (*_NOT_HASHED, "seed")}
+    return flatten(values)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+def repeat_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run saved, to be repeated, elsewhere if asked for.
+
+    Args:
+        path: its ``config.yaml``.
+        overrides: ``key=value`` of the run's surroundings alone, ``out=elsewhere`` or ``wandb.mode=disabled``.
+
+    Raises:
+        ConfigError: no such file, or an override that would make it another run.
+    """
+    config = load_run(path)
+    for override in overrides:
+        key, _ = _split(override)
+        if key.partition(".")[0] not in _NOT_HASHED:
+            raise ConfigError(
+                f"--config repeats a saved run, so {key!r} can't change; what can: {', '.join(_NOT_HASHED)}"
+            )
+    values = to_dict(config)
+    if any(_split(o)[0] == "out" for o in overrides):
+        values["run_dir"] = None
+    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides))))
+    assert isinstance(merged, dict)
+    return _from_dict({str(k): v for k, v in merged.items()})
 
 
 def run_directory(config: RunConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.config import ConfigError, RunConfig, config_hash, load_run, to_yaml
+from benchmarks.config import ConfigError, RunConfig, config_hash, load_run, settings, to_yaml
 from benchmarks.files import atomic_torch_save, atomic_write_json, atomic_write_text, remove_leftovers
 from benchmarks.protocol.log import RECORDS
 from benchmarks.sinks.jsonl import decode, encode
@@ -49,8 +50,12 @@ class RunFolder:
                 raise ConfigError(f"another process is working in {self.path}") from None
             yield
 
-    def claim(self, config: RunConfig, meta: dict[str, Any]) -> None:
+    def claim(self, config: RunConfig, meta: dict[str, Any]) -> dict[str, Any]:
         """Write the configuration, or check that the folder holds results of the same one.
+
+        Returns:
+            what ``meta.json`` now holds: ``meta``, or that of the first process with those of later ones that worked
+            in another environment under ``resumed``.
 
         Raises:
             ConfigError: it holds another run's results.
@@ -63,9 +68,10 @@ class RunFolder:
                 )
             atomic_write_json(self.meta, meta)
             atomic_write_text(self.config, to_yaml(config))
-            return
+            return meta
         found = load_run(self.config)
-        version = json.loads(self.meta.read_text()).get("version")
+        kept: dict[str, Any] = json.loads(self.meta.read_text())
+        version = kept.get("version")
         if version != VERSION:
             raise ConfigError(
                 f"{self.path} was written in format {version}, this program writes {VERSION}: move it away"
@@ -75,16 +81,36 @@ class RunFolder:
                 f"{self.path} holds results of another configuration ({_difference(found, config)}): "
                 "move it away, or give another run_dir="
             )
+        if not self.done.exists() and not _same_place([kept, *kept.get("resumed", [])][-1], meta):
+            kept["resumed"] = [*kept.get("resumed", []), meta]
+            atomic_write_json(self.meta, kept)
+        return kept
+
+    def pin(self, config: RunConfig) -> None:
+        """Write the configuration anew where it now holds what was measured."""
+        text = to_yaml(config)
+        if self.config.exists() and self.config.read_text() != text:
+            atomic_write_text(self.config, text)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint, all or nothing."""
         atomic_torch_save(state, self.checkpoint)
 
     def load(self) -> dict[str, Any] | None:
-        """The checkpoint, or None. Loaded with ``weights_only=True``: it can hold no code."""
+        """The checkpoint, or None. Loaded with ``weights_only=True``: it can hold no code.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
         if not self.checkpoint.exists():
             return None
-        return torch.load(self.checkpoint, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"{self.checkpoint} can't be read ({str(error).splitlines()[0][:200]}): delete the file to begin the run anew"
+            ) from error
+        return state
 
     def once(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``measure`` gave the first process of this run; all later ones read it."""
@@ -103,15 +129,11 @@ class RunFolder:
         return decode(json.loads(self.result.read_text())) if self.done.exists() else None
 
 
+def _same_place(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return {**one, "date": "", "resumed": []} == {**other, "date": "", "resumed": []}
+
+
 def _difference(found: RunConfig, asked: RunConfig) -> str:
-    from benchmarks.config import to_dict
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in values.items():
-            out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return out
-
-    old, new = flat(to_dict(found)), flat(to_dict(asked))
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and not k.startswith(("wandb", "out", "run_dir"))]
+    old, new = ({**settings(c), "seed": c.seed} for c in (found, asked))
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     return ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked for" for k in keys[:3])

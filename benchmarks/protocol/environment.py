@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 import curvopt
@@ -35,12 +37,25 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _optional_versions() -> dict[str, str]:
+    """Of the libraries whose optimizers or data a run may have used, where they are installed."""
+    found = {}
+    for name in ("torch-optimizer", "pytorch_optimizer", "schedulefree", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine, commit and date."""
     return {
         "curvopt": getattr(curvopt, "__version__", "unknown"),
         "commit": commit(),
         "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        **_optional_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),

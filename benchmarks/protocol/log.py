@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from benchmarks.config import RunConfig, to_dict
-from benchmarks.sinks import JsonlSink, MultiSink, WandbSink
+from benchmarks.sinks import JsonlSink, MultiSink, WandbSink, read_jsonl
 
 RECORDS = "log.jsonl"  # the name that JsonlSink gives its file
 
@@ -18,13 +19,22 @@ class RunLog:
     Args:
         folder: of the run.
         config: of the run.
+        environment: versions, commit and machine; stored with the configuration, because a record names what it
+            takes to repeat it.
         checkpoint_step: first step that the resumed run will do; its records and later ones are taken out. None
             starts anew.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, checkpoint_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        environment: Mapping[str, Any] | None = None,
+        checkpoint_step: int | None = None,
+    ) -> None:
         # A process that was killed before its first checkpoint left records, and all of them come again.
         last_kept = -1 if checkpoint_step is None else checkpoint_step - 1
+        records = folder / RECORDS
         self._sinks = MultiSink(
             [
                 JsonlSink(folder, resume_step=last_kept),
@@ -36,14 +46,16 @@ class RunLog:
                     group=config.wandb.group,
                     tags=config.wandb.tags,
                     resume_step=checkpoint_step,
+                    # Asked for once the plain file is open, and cut.
+                    earlier=lambda: read_jsonl(records) if records.exists() else [],
                 ),
             ]
         )
-        self._config = config
+        self._config = {**to_dict(config), "environment": dict(environment or {})}
         self._status = "failed"
 
     def __enter__(self) -> RunLog:
-        self._sinks.start(to_dict(self._config))
+        self._sinks.start(self._config)
         return self
 
     def __exit__(

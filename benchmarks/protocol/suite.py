@@ -73,6 +73,7 @@ def perform(
     for config in configs:
         folder = RunFolder(run_directory(config))
         folders.append(folder.path)
+        there = folder.done.exists()
         try:
             outcome = execute(
                 replace(config, product_cost=config.product_cost or cost, route=config.route or route), progress
@@ -81,6 +82,7 @@ def perform(
             if cost is None and isinstance(found, float) and found == found:
                 cost, route = found, outcome.record.get("route")
             words = f"{outcome.status}{' (' + outcome.reason + ')' if outcome.reason else ''}"
+            words += ", by an earlier call" if there else ""
         except ConfigError:
             raise
         except Exception as error:  # any optimizer may raise anything: the others still run

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -114,14 +114,18 @@ class Run:
         self.config = config
         self.folder = folder
         self.progress = progress
-        self.device = torch.device(config.device)
+        self.device = _device(config.device)
         self.step = 0
-        self.task = tasks.build(config.task, self.device)
+        with progress.phase("loading data"):
+            self.task = tasks.build(config.task, self.device)
         self.model = self.task.model(config.seed)
         self.order = DataOrder(self.task.examples, config.batch_size, 1000 * config.seed + _ORDER_SEED)
         torch.manual_seed(1000 * config.seed + _NOISE_SEED)
         self.entry = zoo.describe(config.optimizer["zoo"])
         cost, self.route = self._costs()
+        if math.isfinite(cost):  # what the clock decided goes into the record, so that the run can be repeated
+            self.config = replace(config, product_cost=cost, route=self.route)
+            folder.pin(self.config)
         self.optimizer = self._build_optimizer()
         self._announce_refreshes()
         self.account = Account(self.optimizer, self.entry, cost)
@@ -164,7 +168,9 @@ class Run:
         cost, route = config.product_cost, config.route
         if cost is None or route is None:
             with self.progress.phase("timing a product"):
-                found = self.folder.once(lambda: asdict(measure_costs(self.task, self.model, config.batch_size)))
+                found = self.folder.once(
+                    lambda: asdict(measure_costs(self.task, self.model, config.batch_size, route=config.route))
+                )
             cost = float(found["product_cost"]) if cost is None else cost
             route = str(found["route"]) if route is None else route
         return cost, route
@@ -335,6 +341,16 @@ class Run:
             self.folder.save(self.state_dict())
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name} can't be used with torch {torch.__version__}: {reason}") from error
+    return device
+
+
 def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
@@ -358,18 +374,22 @@ def execute(config: RunConfig, progress: RunProgress | None = None) -> Outcome:
     with ExitStack() as stack:
         stack.enter_context(folder.lock())
         finished = folder.finished()
-        folder.claim(config, {"version": VERSION, **environment()})
+        meta = folder.claim(config, {"version": VERSION, **environment()})
         if finished is not None:
             return Outcome(finished["status"], finished["reason"], folder, finished, resumed=True)
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(config.threads)
         heard = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always", CurvoptWarning)
-        return _execute(config, folder, bar, heard)
+        return _execute(config, folder, bar, heard, meta)
 
 
 def _execute(
-    config: RunConfig, folder: RunFolder, bar: RunProgress, heard: Sequence[warnings.WarningMessage]
+    config: RunConfig,
+    folder: RunFolder,
+    bar: RunProgress,
+    heard: Sequence[warnings.WarningMessage],
+    meta: dict[str, Any],
 ) -> Outcome:
     bar.begin(f"{config.task['title']}: {config.optimizer['label']}, seed {config.seed}", config.steps)
     try:
@@ -384,7 +404,7 @@ def _execute(
     bar.advance(run.step)
     started = time.time()
     status, reason = "done", ""
-    with RunLog(folder.path, config, checkpoint_step=None if state is None else run.step) as log:
+    with RunLog(folder.path, run.config, meta, checkpoint_step=None if state is None else run.step) as log:
         try:
             run.train(log)
             last = run.last_look(log)
@@ -403,9 +423,11 @@ def _execute(
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "finished_after": time.time() - started,
             "warnings": _texts(heard),
+            "log": log.note,
             **last,
         }
         log.finish(result)
+    result["warnings"] = _texts(heard)  # closing the log may have had something to say
     folder.finish(result)
     return Outcome(status, reason, folder, result, resumed=state is not None)
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.report.records import AXES, RunRecord, by_label
 
@@ -41,10 +42,19 @@ def _long(records: Sequence[RunRecord], columns: Sequence[str]) -> pd.DataFrame:
 def _save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=_META)
+    figure.savefig(path, dpi=200, bbox_inches="tight", metadata=_META)
     plt.close(figure)
     table.to_csv(folder / f"{name}.csv", index=False)
     return path
+
+
+def _log_axis(ax: Axes) -> None:
+    """A logarithmic x axis that has numbers even where it spans less than a decade."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.tick_params(axis="x", which="minor", labelsize=7, labelcolor="0.35")
 
 
 def _curve(ax: Axes, runs: Sequence[RunRecord], x: str, y: str, index: int, label: str) -> None:
@@ -75,8 +85,8 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
     paths = []
     for x, words in AXES.items():
         figure, ax = plt.subplots(figsize=(7.5, 4.6))
-        if x == "gradient_equivalents":
-            ax.set_xscale("log")  # one refresh costs as much as hundreds of steps; the start, at 0, is not shown
+        if x != "step":
+            _log_axis(ax)  # one refresh costs as much as hundreds of steps; the start, at 0, is not shown
         for i, (label, runs) in enumerate(by_label(records).items()):
             _curve(ax, runs, x, "train_loss", i, label)
         if target is not None:
@@ -84,7 +94,8 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
             ax.annotate(
                 f"target {target:g}", (0.005, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
             )
-        ax.set(yscale="log", xlabel=words, ylabel="train loss (whole training set)", title=title)
+        scale = "" if x == "step" else " (logarithmic)"
+        ax.set(yscale="log", xlabel=words + scale, ylabel="train loss (whole training set)", title=title)
         ax.grid(alpha=0.25)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         columns = ["train_loss", "test_loss", "test_accuracy", "gradient_equivalents", "seconds"]
@@ -112,7 +123,10 @@ def alignment_figure(records: Sequence[RunRecord], folder: Path, title: str) -> 
 
 
 def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
-    """Leading eigenvalues against 2/lr, a panel an optimizer (the first seed)."""
+    """Leading eigenvalues against 2/lr, a panel an optimizer (the first seed).
+
+    2/lr is the border of plain SGD on the full batch; with momentum it is 2(1 + beta)/lr, and Adam's holds in its own metric.
+    """
     groups = by_label(records)
     width = min(4, max(1, len(groups)))
     height = -(-len(groups) // width)
@@ -122,6 +136,8 @@ def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) ->
     for ax in grid.flat[len(groups) :]:
         ax.set_visible(False)
     names: list[str] = []
+    tops = [float(r.column("lambda/1").max()) for r in records if len(r.column("lambda/1"))]
+    ceiling = 10.0 * max(tops)  # a border far above every eigenvalue is written, not drawn: it would flatten the rest
     for ax, (label, runs) in zip(grid.flat, groups.items(), strict=False):
         run = runs[0]
         names = (
@@ -134,14 +150,21 @@ def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) ->
             shade = matplotlib.colormaps["viridis"](0.85 * j / max(len(names) - 1, 1))
             ax.plot(values.index, values, color=shade, linewidth=1.2)
         edge = run.column("edge")
-        if len(edge):
-            ax.plot(edge.index, edge, color="#D55E00", linestyle="--", linewidth=1.3)
+        near = edge[edge <= ceiling]
+        if len(near):
+            ax.plot(near.index, near, color="#D55E00", linestyle="--", linewidth=1.3)
+        elif len(edge):
+            text = f"2/lr = {edge.iloc[-1]:,.4g}, above"
+            ax.annotate(text, (0.97, 0.93), xycoords="axes fraction", fontsize=8, color="#D55E00", ha="right", va="top")
         ax.set(yscale="log", title=label)
         ax.title.set_fontsize(9)
         ax.grid(alpha=0.25)
     figure.supxlabel("steps")
     figure.supylabel("eigenvalue")
-    figure.suptitle(f"{title}: eigenvalues 1 (dark) to {len(names)} (light) of the Hessian; 2/lr dashed", fontsize=10)
+    words = (
+        f"eigenvalues 1 (dark) to {len(names)} (light) of the Hessian; dashed: 2/lr, the stability border of plain SGD"
+    )
+    figure.suptitle(f"{title}: {words}", fontsize=10)
     figure.tight_layout()
     return _save(figure, _long(records, [*names, "edge"]), folder, "eigenvalues")
 

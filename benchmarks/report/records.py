@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.config import ConfigError, RunConfig, load_run
+from benchmarks.config import ConfigError, RunConfig, config_hash, load_run, settings
 from benchmarks.protocol.log import RECORDS
 from benchmarks.sinks import read_jsonl
 from benchmarks.sinks.jsonl import decode
@@ -29,16 +29,27 @@ class RunRecord:
         config: as it was resolved.
         frame: a row a record, indexed by ``step``; a column that was not due at a step holds NaN.
         result: status, reason and the last account.
+        meta: versions, commit and machine.
+        distinction: what tells it from runs of the same optimizer with other settings, see ``distinguish``.
     """
 
     config: RunConfig
     frame: pd.DataFrame
     result: dict[str, Any]
+    meta: dict[str, Any] = field(default_factory=dict)
+    distinction: str = ""
 
     @property
     def label(self) -> str:
         """The optimizer's name for tables."""
-        return str(self.config.optimizer["label"])
+        name = str(self.config.optimizer["label"])
+        return f"{name} ({self.distinction})" if self.distinction else name
+
+    @property
+    def commits(self) -> list[str]:
+        """The commits that worked on it: several where an interrupted run went on under another one."""
+        places = [self.meta, *self.meta.get("resumed", [])]
+        return list(dict.fromkeys(str(place.get("commit", "unknown")) for place in places))
 
     @property
     def status(self) -> str:
@@ -81,7 +92,9 @@ def load_record(folder: str | Path) -> RunRecord:
         result = decode(json.loads(result_file.read_text()))
     else:
         result = {"status": "unfinished", "reason": f"last record at step {frame.index[-1] if len(frame) else 0}"}
-    return RunRecord(config, frame, result)
+    meta_file = path / "meta.json"
+    meta = json.loads(meta_file.read_text()) if meta_file.exists() else {}
+    return RunRecord(config, frame, result, meta)
 
 
 def find_records(root: str | Path) -> list[RunRecord]:
@@ -94,6 +107,28 @@ def find_records(root: str | Path) -> list[RunRecord]:
     if not files:
         raise ConfigError(f"no runs below {root}")
     return [load_record(f.parent) for f in files]
+
+
+def distinguish(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs of one optimizer with other settings get labels of their own: only seeds of one setting are pooled.
+
+    A second copy of the same run (settings and seed) is left out.
+    """
+    once = {(config_hash(r.config), r.config.seed): r for r in reversed(records)}
+    kept = [r for r in records if once[config_hash(r.config), r.config.seed] is r]
+    for group in by_label(kept).values():
+        differing = differences([r.config for r in group])
+        for record in group:
+            own = settings(record.config)
+            record.distinction = ", ".join(f"{k.removeprefix('optimizer.')}={own.get(k)}" for k in differing)
+    return kept
+
+
+def differences(configs: Sequence[RunConfig]) -> list[str]:
+    """Dotted names of the settings in which runs differ, seeds apart."""
+    flat = [settings(c) for c in configs]
+    keys = dict.fromkeys(k for values in flat for k in values)
+    return [k for k in keys if len({repr(values.get(k)) for values in flat}) > 1]
 
 
 def by_label(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:

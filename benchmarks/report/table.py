@@ -12,12 +12,16 @@ from rich.table import Table
 
 from benchmarks.report.records import AXES, RunRecord, by_label
 
+_LOST = "no end"  # of a run that diverged or failed
 _FORMS = {"step": ",.0f", "gradient_equivalents": ",.0f", "seconds": ".2f"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Values over seeds. A miss counts as infinite, so the median is what stays meaningful."""
+    """Values over seeds. A miss counts as infinitely bad, so the median is what stays meaningful.
+
+    Leaving the misses out instead would judge an optimizer that diverged twice out of three by its one lucky seed.
+    """
 
     values: tuple[float, ...]
 
@@ -27,15 +31,19 @@ class Spread:
         known = [v for v in self.values if not math.isnan(v)]
         return statistics.median(known) if known else math.nan
 
-    def text(self, form: str) -> str:
-        """``median (smallest-largest)``, or the one value."""
+    def text(self, form: str, miss: str = "not reached") -> str:
+        """``median (smallest to largest)``, or the one value; ``miss`` stands for what is infinite."""
         known = [v for v in self.values if not math.isnan(v)]
         if not known:
             return "-"
-        middle = _number(self.median, form)
+        middle = _number(self.median, form, miss)
         if len(known) == 1 or min(known) == max(known):
             return middle
-        return f"{middle} ({_number(min(known), form)} to {_number(max(known), form)})"
+        return f"{middle} ({_number(min(known), form, miss)} to {_number(max(known), form, miss)})"
+
+    def at_end(self, form: str) -> str:
+        """The same for a value at the end of a run, which a run that did not end well has not."""
+        return self.text(form, _LOST) if any(map(math.isfinite, self.values)) else "-"
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Row:
 
     Attributes:
         label, seeds, status: name, number of runs, and how they ended.
-        train_loss, test_accuracy: at the end; accuracy a share.
+        train_loss, test_accuracy: at the end; accuracy a share. A run that ended early counts as the worst.
         to_target: axis -> where it stood when the target was reached; infinite for a miss.
         products, refreshes: in all.
         base, refresh, projection: milliseconds a step; the three together are the step.
@@ -65,10 +73,10 @@ class Row:
     chi: Spread
 
 
-def _number(value: float, form: str) -> str:
+def _number(value: float, form: str, miss: str) -> str:
     if math.isnan(value):
         return "-"
-    return "not reached" if math.isinf(value) else format(value, form)
+    return miss if math.isinf(value) else format(value, form)
 
 
 def _status(runs: Sequence[RunRecord]) -> str:
@@ -97,8 +105,8 @@ def summarise(records: Sequence[RunRecord], target: float | None) -> list[Row]:
         target: train loss that counts as solved; None leaves "to target" out.
     """
 
-    def spread(runs: Sequence[RunRecord], name: str) -> Spread:
-        return Spread(tuple(r.last(name) if r.status == "done" else math.nan for r in runs))
+    def spread(runs: Sequence[RunRecord], name: str, worst: float) -> Spread:
+        return Spread(tuple(r.last(name) if r.status == "done" else worst for r in runs))
 
     rows = []
     for label, runs in by_label(records).items():
@@ -109,8 +117,8 @@ def summarise(records: Sequence[RunRecord], target: float | None) -> list[Row]:
                 label=label,
                 seeds=len(runs),
                 status=_status(runs),
-                train_loss=spread(runs, "train_loss"),
-                test_accuracy=spread(runs, "test_accuracy"),
+                train_loss=spread(runs, "train_loss", math.inf),
+                test_accuracy=spread(runs, "test_accuracy", -math.inf),
                 to_target=reached,
                 products=Spread(tuple(r.last("products") for r in runs)),
                 refreshes=Spread(tuple(r.last("refreshes") for r in runs)),
@@ -128,8 +136,8 @@ def _results(rows: Sequence[Row], target: float | None) -> tuple[list[str], list
     header += [] if target is None else list(AXES.values())
     body = []
     for r in rows:
-        accuracy = Spread(tuple(100 * v for v in r.test_accuracy.values)).text(".2f")
-        line = [r.label, r.status, r.train_loss.text(".4g"), accuracy if accuracy == "-" else f"{accuracy} %"]
+        accuracy = Spread(tuple(100 * v for v in r.test_accuracy.values)).at_end(".2f")
+        line = [r.label, r.status, r.train_loss.at_end(".4g"), accuracy if accuracy == "-" else f"{accuracy} %"]
         if target is not None:
             line += [r.to_target[axis].text(form) for axis, form in _FORMS.items()]
         body.append(line)
@@ -186,13 +194,20 @@ def terminal(rows: Sequence[Row], target: float | None, title: str) -> list[Tabl
     return tables
 
 
+def _listed(rows: Sequence[Row]) -> str:
+    return " and ".join(filter(None, [", ".join(r.label for r in rows[:-1]), rows[-1].label]))
+
+
 def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
     """Who comes first, by what, and what that is worth."""
     lines = []
-    finished = [r for r in rows if not math.isnan(r.train_loss.median)]
+    finished = [r for r in rows if math.isfinite(r.train_loss.median)]
     if finished:
-        best = finished[0]
-        lines.append(f"Lowest train loss at the end: {best.label} ({best.train_loss.text('.4g')}).")
+        best = [r for r in finished if r.train_loss.median == finished[0].train_loss.median]
+        lines.append(
+            f"Lowest train loss at the end: {_listed(best)} ({best[0].train_loss.at_end('.4g')}"
+            f"{', a tie' if len(best) > 1 else ''})."
+        )
     for axis, name in AXES.items() if target is not None else ():
         assert target is not None
         reached = [r for r in rows if math.isfinite(r.to_target[axis].median)]
@@ -203,18 +218,18 @@ def verdict(rows: Sequence[Row], target: float | None) -> list[str]:
         least = order[0].to_target[axis].median
         first = [r for r in order if r.to_target[axis].median == least]
         rest = order[len(first) : len(first) + 3]
-        names = " and ".join(filter(None, [", ".join(r.label for r in first[:-1]), first[-1].label]))
         others = "; then " + ", ".join(f"{r.label} ({r.to_target[axis].text(_FORMS[axis])})" for r in rest)
         lines.append(
-            f"Fewest {name} to {target:g}: {names} ({first[0].to_target[axis].text(_FORMS[axis])}"
+            f"Fewest {name} to {target:g}: {_listed(first)} ({first[0].to_target[axis].text(_FORMS[axis])}"
             f"{', a tie' if len(first) > 1 else ''}){others if rest else ''}."
         )
-    seeds = min((r.seeds for r in rows), default=0)
+    seeds, most = min((r.seeds for r in rows), default=0), max((r.seeds for r in rows), default=0)
     if seeds == 1:
-        lines.append("One seed: these are single runs, so small differences may be chance, and no ranking is claimed.")
+        few = "One seed" if most == 1 else "One seed for some of them"
+        lines.append(f"{few}: these are single runs, so small differences may be chance, and no ranking is claimed.")
     else:
         lines.append(
-            f"Medians over {seeds} seeds, smallest and largest in brackets; "
+            f"Medians over {seeds}{f' to {most}' if most > seeds else ''} seeds, smallest and largest in brackets; "
             + (
                 "no test of significance was made."
                 if seeds >= 6

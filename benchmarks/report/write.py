@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.config import ConfigError
+from benchmarks.config import ConfigError, settings
 from benchmarks.files import atomic_write_text
 from benchmarks.report.plots import all_figures
-from benchmarks.report.records import RunRecord, load_record
+from benchmarks.report.records import RunRecord, differences, distinguish, load_record
 from benchmarks.report.table import markdown, summarise, terminal, verdict
 
 
@@ -31,17 +30,18 @@ def write_report(folders: Sequence[Path], out: Path, console: Console, target: f
     """
     if not folders:
         raise ConfigError("no runs to report")
-    records = sorted((load_record(f) for f in folders), key=lambda r: (r.label, r.config.seed))
-    tasks = sorted({str(r.config.task["file"]) for r in records})
+    loaded = [load_record(f) for f in folders]
+    tasks = sorted({str(r.config.task["file"]) for r in loaded})
     if len(tasks) > 1:
         raise ConfigError(f"a report compares runs of one task, these are of {', '.join(tasks)}")
+    records = sorted(distinguish(loaded), key=lambda r: (r.label, r.config.seed))
     task = records[0].config.task
     aim = task["target"] if target is None else target
-    title = f"{task['title']}, {task['loss'].replace('_', ' ')}" if "loss" in task else str(task["title"])
+    title = f"{task['title']}, {task['loss'].replace('_', '-')}" if "loss" in task else str(task["title"])
     rows = summarise(records, aim)
-    lines = verdict(rows, aim)
+    lines = [*_unlike(records), *verdict(rows, aim)]
     figures = all_figures(records, out, title, aim)
-    path = atomic_write_text(out / "report.md", _page(records, folders, title, markdown(rows, aim), lines, figures))
+    path = atomic_write_text(out / "report.md", _page(records, title, markdown(rows, aim), lines, figures))
     for table in terminal(rows, aim, title):
         console.print(table)
     for line in lines:
@@ -50,29 +50,61 @@ def write_report(folders: Sequence[Path], out: Path, console: Console, target: f
     return path
 
 
+def _unlike(records: Sequence[RunRecord]) -> list[str]:
+    """What makes a comparison of these runs less than fair, or of one piece."""
+    lines = []
+    differing = [k for k in differences([r.config for r in records]) if not k.startswith("optimizer.")]
+    if differing:
+        found = (f"{k} ({', '.join(sorted({str(settings(r.config).get(k)) for r in records}))})" for k in differing)
+        lines.append(f"Not like for like: the runs differ in {'; '.join(found)}.")
+    commits = list(dict.fromkeys(c for r in records for c in r.commits))
+    if len(commits) > 1:
+        lines.append(
+            f"The runs were made by different versions of the code ({', '.join(commits)}): --fresh makes them anew."
+        )
+    return lines
+
+
+def _gradients(records: Sequence[RunRecord]) -> str:
+    costs = sorted({float(r.result["product_cost"]) for r in records if r.result.get("product_cost", 0.0) > 0})
+    if not costs:
+        return "as many as measured."
+    if len(costs) == 1:
+        return f"{costs[0]:.1f} of them, as measured once on this machine."
+    return f"{costs[0]:.1f} to {costs[-1]:.1f} of them, by run: give product_cost= for a comparison in one unit."
+
+
+def _machine(record: RunRecord) -> str:
+    meta, config = record.meta, record.config
+    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
+    where = f"{meta.get('processor', 'unknown')}, {threads}"
+    if config.device != "cpu":
+        where = f"{meta.get('gpu', 'unknown')} ({config.device}; {where})"
+    return (
+        f"Measured on {where}, torch {meta.get('torch', '?')}, commit {', '.join(record.commits)}, "
+        f"{str(meta.get('date', '?'))[:10]}."
+    )
+
+
 def _page(
     records: Sequence[RunRecord],
-    folders: Sequence[Path],
     title: str,
     table: str,
     lines: Sequence[str],
     figures: Sequence[Path],
 ) -> str:
     first = records[0]
-    meta_file = Path(folders[0]) / "meta.json"
-    meta = json.loads(meta_file.read_text()) if meta_file.exists() else {}
     data = next((r.result["data"] for r in records if "data" in r.result), "unknown")
-    cost = next((r.result["product_cost"] for r in records if r.result.get("product_cost", 0.0) > 0), None)
     seeds = ", ".join(map(str, sorted({r.config.seed for r in records})))
     facts = [
         f"Data: {data}. {first.config.steps:,} steps, batches of {first.config.batch_size}, "
-        f"evaluated every {first.config.eval_every}; curvature on a fixed batch of "
+        f"evaluated every {first.config.eval_every or first.config.steps:,}; curvature on a fixed batch of "
         f"{first.config.task['curvature_examples']:,}. Seeds: {seeds}.",
-        "A gradient-equivalent is one gradient of a training batch; a curvature product counts "
-        + (f"{cost:.1f} of them, as measured once on this machine." if cost else "as many as measured."),
+        "A gradient-equivalent is one gradient of a training batch; a curvature product counts " + _gradients(records),
+        f"Steps, gradient-equivalents and seconds to a target are those of the first evaluation at or below it: steps "
+        f"are rounded up to a multiple of {first.config.eval_every or first.config.steps:,}.",
         "Seconds hold training, refreshes and projections, not evaluation and not the harness's own measurements.",
-        f"Measured on {meta.get('processor', 'unknown')}, {first.config.threads} thread, torch {meta.get('torch', '?')}, "
-        f"commit {meta.get('commit', '?')}, {str(meta.get('date', '?'))[:10]}.",
+        _machine(first),
     ]
     failed = [
         f"- {r.label}, seed {r.config.seed}: {r.status}: {r.result.get('reason', '')}"
@@ -80,10 +112,10 @@ def _page(
         if r.status != "done"
     ]
     warned = list(dict.fromkeys(f"- {r.label}: {text}" for r in records for text in r.result.get("warnings", [])))
-    settings = ["| optimizer | settings |", "|---|---|"]
+    given_rows = ["| optimizer | settings |", "|---|---|"]
     for record in {r.label: r for r in records}.values():
         given = {k: v for k, v in record.config.optimizer.items() if k not in ("file", "zoo", "label")}
-        settings.append(
+        given_rows.append(
             f"| {record.label} | `{record.config.optimizer['zoo']}` {', '.join(f'{k}={v}' for k, v in given.items())} |"
         )
     parts = [
@@ -93,7 +125,7 @@ def _page(
         "\n".join(f"- {line}" for line in lines),
         *(["Runs that did not end well:\n\n" + "\n".join(failed)] if failed else []),
         "\n".join(f"![{p.stem.replace('_', ' ')}]({p.name})\n\nData: [{p.stem}.csv]({p.stem}.csv)\n" for p in figures),
-        "## Settings\n\n" + "\n".join(settings),
+        "## Settings\n\n" + "\n".join(given_rows),
         *(["## Warnings\n\n" + "\n".join(warned)] if warned else []),
         f"Made by `python -m benchmarks {shlex.join(sys.argv[1:])}`.",
     ]

@@ -45,6 +45,8 @@ class WandbSink:
         project, name, group, tags: As in wandb.
         run_id: wandb's id; None takes that of `folder` (so that a resumed run is the same run), or makes one.
         resume_step: The step that a resumed run continues from.
+        earlier: Gives the records of a resumed run up to that step, asked for when the run is opened. They are sent
+            again first: a kill tears off the end of wandb's file, and the plain files are what holds.
         init_timeout: Seconds that wandb gets to open a run online before it goes offline.
         finish_timeout: Seconds that wandb gets to upload at the end; what is left stays on disk for `wandb sync`.
     """
@@ -60,6 +62,7 @@ class WandbSink:
         tags: Sequence[str] = (),
         run_id: str | None = None,
         resume_step: int | None = None,
+        earlier: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
         init_timeout: float = 15.0,
         finish_timeout: float = 30.0,
     ) -> None:
@@ -70,6 +73,7 @@ class WandbSink:
         self._labels: dict[str, Any] = {"project": project, "name": name, "group": group, "tags": tuple(tags)}
         self._resumed = resume_step is not None
         self._step = resume_step or 0
+        self._earlier = earlier
         self._init_timeout = init_timeout
         self._finish_timeout = finish_timeout
         self._config: dict[str, Any] = {}
@@ -96,6 +100,7 @@ class WandbSink:
             self.note = 'W&B: not installed (pip install "curvopt-torch[wandb]" brings it); the plain files have it all'
         else:
             self._open()
+            self._send_earlier()
         self._report()
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
@@ -164,6 +169,16 @@ class WandbSink:
             self._thread = None
         self._report()
 
+    def _send_earlier(self) -> None:
+        rows = [plain(record) for record in self._earlier()] if self._earlier is not None else []
+
+        def send() -> None:
+            for row in rows:
+                self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+        if rows:
+            self._submit(send)
+
     # --- inside the thread -----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -208,7 +223,14 @@ class WandbSink:
                 self._problems.put(f"wandb could not start online, continuing offline: {_short(error)}")
                 self._stop_service()
                 self.mode = "offline"
-        self._init("offline")
+        try:
+            self._init("offline")
+        except Exception as error:
+            # The service of this process may still hold the run for another one, killed since, that it had started.
+            if "in use" not in str(error):
+                raise
+            self._stop_service()
+            self._init("offline")
 
     def _init(self, mode: str) -> None:
         import wandb

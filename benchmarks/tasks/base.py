@@ -76,11 +76,10 @@ class Task(ABC):
         return inputs[:n], targets[:n]
 
     def curvature(self, model: nn.Module, route: str | None = None) -> Any:
-        """The Hessian operator of the loss on the curvature batch; ``route`` pins how blocks are multiplied."""
+        """The Hessian of the loss on the curvature batch; ``route`` pins how blocks are multiplied, None times both."""
         from curvopt.curvature import Hessian
 
-        # A route chosen by the clock would change the last bits from run to run.
-        return Hessian(model, self.loss_fn, self.curvature_batch(), route="loop")
+        return Hessian(model, self.loss_fn, self.curvature_batch(), route=route)
 
 
 _TASKS: dict[str, type[Task]] = {}
@@ -111,7 +110,7 @@ def build(values: Mapping[str, Any], device: str | torch.device = "cpu") -> Task
     """The task of a resolved configuration, its data loaded.
 
     Raises:
-        ConfigError: an unknown task class.
+        ConfigError: an unknown task class, or a value out of range.
         DataMissingError: its data are not at hand.
     """
     known = all_tasks()
@@ -120,4 +119,13 @@ def build(values: Mapping[str, Any], device: str | torch.device = "cpu") -> Task
         raise ConfigError(f"unknown task class {name!r}: known are {', '.join(sorted(known))}")
     cls = known[name]
     fields = {f.name for f in dataclasses.fields(cls.Config)}
-    return cls(cls.Config(**{k: v for k, v in values.items() if k in fields}), torch.device(device))
+    config = cls.Config(**{k: v for k, v in values.items() if k in fields})
+    for key in ("rank", "curvature_examples"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"task.{key} must be at least 1, got {getattr(config, key)}")
+    task = cls(config, torch.device(device))
+    if config.curvature_examples > task.examples:
+        raise ConfigError(
+            f"task.curvature_examples={config.curvature_examples}, but the training set has {task.examples} examples"
+        )
+    return task

@@ -45,6 +45,8 @@ class ClassifierMLP(Task):
         super().__init__(config, device)
         if config.loss not in ("cross_entropy", "mse"):
             raise ConfigError(f"task.loss must be 'cross_entropy' or 'mse', got {config.loss!r}")
+        if any(width < 1 for width in config.hidden):
+            raise ConfigError(f"task.hidden must hold widths of at least 1, got {config.hidden}")
         self.loss_fn = nn.CrossEntropyLoss() if config.loss == "cross_entropy" else HalfSquaredError()
         train = data.load_images(config.dataset, train=True, limit=config.train_examples, normalize=True)
         test = data.load_images(config.dataset, train=False, limit=config.test_examples, normalize=True)

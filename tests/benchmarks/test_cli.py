@@ -122,6 +122,41 @@ def test_fresh_leaves_strangers_alone(tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_settings_may_stand_anywhere(tmp_path, capsys):
+    assert main(["run", "digits_mlp", "sgd", "--fresh", *SMALL, f"out={tmp_path}"]) == 0
+    assert "SGD: done after 20 steps" in capsys.readouterr().out
+    for wrong in (["run", "digits_mlp", "sgd", "--frsh"], ["list", "steps=3"], ["run", "digits_mlp", "--fresh", "sgd"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    assert "train one optimizer on one task" in capsys.readouterr().out
+
+
+def test_an_optimizer_named_twice_is_one_run(tmp_path, capsys):
+    command = ["bench", "--task", "digits_mlp", "--optimizers", "sgd,sgd", "--out", str(tmp_path)]
+    settings = ["steps=3", "wandb.mode=disabled", "measure_every=0", "energy_every=0", "task.hidden=[4]"]
+    assert main([*command, *settings]) == 0
+    assert "One seed:" in capsys.readouterr().out
+    assert main([*command, *settings]) == 0
+    assert "SGD, seed 0: done, by an earlier call" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["run", "digits_mlp", "sgd", *SMALL, f"out={tmp_path}/file"]) == 2
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+
+
+def test_where_wandb_writes_is_said(tmp_path, capsys):
+    settings = [s for s in SMALL if not s.startswith("wandb")]
+    assert main(["run", "digits_mlp", "sgd", *settings, f"out={tmp_path}", "wandb.mode=offline"]) == 0
+    assert "W&B: offline, run" in capsys.readouterr().out
+
+
 def test_module_help():
     shown = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, check=True)
     for word in ("run", "bench", "tune", "report", "fetch", "list", "CURVOPT_DATA", "examples:"):

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from benchmarks.config import ConfigError, compose_run
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
+from benchmarks.report import plots
 from benchmarks.report.plots import PALETTE, all_figures, style
-from benchmarks.report.records import RunRecord, by_label, find_records, load_record
+from benchmarks.report.records import RunRecord, by_label, distinguish, find_records, load_record
 from benchmarks.report.table import Spread, markdown, summarise, terminal, verdict
 from benchmarks.report.write import write_report
 
@@ -69,7 +70,7 @@ def test_rows_are_sorted_and_right(records):
     # 30 steps of 100 ms: half base, .3 refresh, .2 projection
     assert (quick.base.median, quick.refresh.median, quick.projection.median) == pytest.approx((50.0, 30.0, 20.0))
     assert quick.chi.median == 0.5 and quick.products.median == 7
-    assert rows[2].status == "diverged at step 20" and math.isnan(rows[2].train_loss.median)
+    assert rows[2].status == "diverged at step 20" and math.isinf(rows[2].train_loss.median)
 
 
 def test_verdict_names_winners_and_what_they_are_worth(records):
@@ -99,6 +100,69 @@ def test_spread_over_seeds_is_shown_and_a_miss_stays_in_the_median():
     assert row.to_target["step"].text(",.0f") == "20 (10 to not reached)"
     assert "Medians over 3 seeds" in verdict([row], 0.1)[-1] and "too few seeds" in verdict([row], 0.1)[-1]
     assert Spread((math.nan, math.nan)).text(".2f") == "-" and Spread((3.0, 3.0)).text(".1f") == "3.0"
+
+
+def test_lucky_survivors_do_not_win():
+    """Two of three seeds diverged: the one that did not is no median."""
+    wild = [_record("wild", s, [2.0, 0.001], status="done" if s == 1 else "diverged") for s in range(3)]
+    tame = [_record("tame", s, [2.0, 0.1 * (s + 1)], status="diverged" if s == 2 else "done") for s in range(3)]
+    rows = summarise([*wild, *tame], None)
+    assert [r.label for r in rows] == ["tame", "wild"]
+    text = markdown(rows, None)
+    assert "| tame | 2 done, 1 diverged | 0.2 (0.1 to no end) | 51.00 (no end to 51.00) % |" in text
+    assert "| wild | 2 diverged, 1 done | no end (0.001 to no end) |" in text
+    assert verdict(rows, None)[0] == "Lowest train loss at the end: tame (0.2 (0.1 to no end))."
+
+
+def test_equal_losses_at_the_end_are_a_tie():
+    rows = summarise([_record("a", 0, [1.0, 0.1]), _record("b", 0, [2.0, 0.1]), _record("c", 0, [1.0, 0.4])], None)
+    assert verdict(rows, None)[0] == "Lowest train loss at the end: a and b (0.1, a tie)."
+
+
+def test_unequal_numbers_of_seeds_are_said():
+    runs = [_record("a", s, [1.0, 0.1]) for s in range(3)] + [_record("b", s, [1.0, 0.1]) for s in range(2)]
+    assert "Medians over 2 to 3 seeds" in verdict(summarise(runs, None), None)[-1]
+    assert "One seed for some of them" in verdict(summarise([*runs, _record("c", 0, [1.0, 0.1])], None), None)[-1]
+
+
+def test_only_seeds_of_one_setting_are_pooled():
+    runs = [_record("a", s, [1.0, 0.1]) for s in range(2)]
+    other = _record("a", 0, [1.0, 0.2])
+    other.config.optimizer["lr"] = 0.5
+    again = _record("a", 1, [1.0, 0.1])
+    kept = distinguish([*runs, other, again, _record("b", 0, [1.0, 0.1])])
+    assert [(r.label, r.config.seed) for r in kept] == [
+        ("a (lr=0.8)", 0),
+        ("a (lr=0.8)", 1),
+        ("a (lr=0.5)", 0),
+        ("b", 0),
+    ]
+    assert [(r.label, r.seeds) for r in summarise(kept, None)] == [("a (lr=0.8)", 2), ("b", 1), ("a (lr=0.5)", 1)]
+
+
+def test_a_page_says_when_runs_are_not_of_one_kind(tmp_path):
+    line = '{"step": %d, "train_loss": %g, "seconds": 1.0, "gradient_equivalents": %d}\n'
+    for name, commit, steps, cost in (("sgd", "abc", 10, 4.0), ("adamw", "def+", 20, 5.0)):
+        run = RunFolder(tmp_path / name)
+        run.claim(compose_run("digits_mlp", name, [f"steps={steps}"]), {"version": VERSION, "commit": commit})
+        run.log.write_text(line % (0, 2.0, 0) + line % (steps, 0.005, steps))
+        run.finish({"status": "done", "reason": "", "step": steps, "data": "made up", "product_cost": cost})
+    out = Console(record=True, width=120, file=io.StringIO())
+    text = write_report([tmp_path / "sgd", tmp_path / "adamw"], tmp_path / "out", out).read_text()
+    assert "Not like for like: the runs differ in steps (10, 20)." in text
+    assert "made by different versions of the code (def+, abc): --fresh makes them anew" in text
+    assert "counts 4.0 to 5.0 of them, by run" in text and "rounded up to a multiple of 50" in text
+
+
+def test_a_far_border_does_not_flatten_the_eigenvalues(records, tmp_path, monkeypatch):
+    records[1].frame["edge"] = 4000.0
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, table, folder, name: drawn.setdefault("figure", figure))
+    plots.eigenvalue_figure(records, tmp_path, "title")
+    quick, slow = drawn["figure"].axes[:2]
+    assert len(quick.lines) == 3 and not quick.texts  # two eigenvalues and the border
+    assert len(slow.lines) == 2 and slow.texts[0].get_text() == "2/lr = 4,000, above"
+    assert slow.get_ylim()[1] < 100
 
 
 def test_tables_hold_the_same_numbers(records):
@@ -172,7 +236,7 @@ def test_page(tmp_path):
     path = write_report([tmp_path / "a"], tmp_path / "out", out)
     text = path.read_text()
     for part in (
-        "# digits MLP, cross entropy",
+        "# digits MLP, cross-entropy",
         "Data: made up.",
         "Seeds: 0.",
         "| AdamW | done | 0.005 |",

@@ -15,6 +15,7 @@ from benchmarks.protocol.checkpoint import RunFolder
 from benchmarks.protocol.train import execute
 from benchmarks.report.records import MEASURED
 from benchmarks.sinks import read_jsonl
+from benchmarks.sinks.wandb_reader import read_run
 
 # Processes that start from a server with everything imported, but no torch operation done: a start takes milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -90,6 +91,19 @@ def test_killed_and_resumed_equals_unbroken(optimizer, tmp_path):
         assert torch.equal(tensor, again["model"][name]), name
     assert torch.equal(final["rng"], again["rng"])
     assert final["order"]["position"] == again["order"]["position"]
+
+
+def test_after_a_kill_wandb_holds_what_the_plain_file_holds(tmp_path):
+    """A kill tears off the end of wandb's file, here all of it; the records are sent again from the plain file."""
+    config = _config("sgd_momentum", tmp_path, ["wandb.mode=offline", "measure_every=0", "steps=60"])
+    assert _run_and_kill(config, 25), "the process was too quick to be killed"
+    resumed = execute(config)
+    assert resumed.resumed
+    plain, theirs = read_jsonl(resumed.folder.log), read_run(resumed.folder.path)
+    assert [r["step"] for r in theirs.history] == [r["step"] for r in plain] == list(range(61))
+    for left, right in zip(theirs.history, plain, strict=True):
+        assert {k: left[k] for k in right} == right
+    assert theirs.exit_code == 0 and theirs.summary["status"] == "done"
 
 
 def test_a_finished_run_is_not_done_again(tmp_path):

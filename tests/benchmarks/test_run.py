@@ -1,19 +1,22 @@
 """A run: what its record holds, that its figures are right, and how it ends."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import tasks
-from benchmarks.config import ConfigError, compose_run
+from benchmarks.config import ConfigError, compose_run, load_run, repeat_run
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.measure import CurvatureMeter, measure_costs
 from benchmarks.protocol.suite import load_suite, perform, plan
 from benchmarks.protocol.train import Run, execute
 from benchmarks.report.records import MEASURED, load_record
 from benchmarks.sinks import read_jsonl
+from benchmarks.sinks.jsonl import read_run as read_jsonl_run
 from benchmarks.sinks.wandb_reader import read_run
 
 SMALL = [
@@ -212,6 +215,69 @@ def test_wandb_holds_what_the_plain_file_holds(tmp_path):
     assert run.config["optimizer"]["rank"] == 3 and run.config["seed"] == 0
     assert run.summary["train_loss"] == outcome.record["train_loss"] and run.summary["status"] == "done"
     assert run.project == "curvopt" and run.name == "digits_mlp-bulk_sgd-seed0"
+
+
+def test_both_records_name_what_it_takes_to_repeat_the_run(tmp_path):
+    outcome = execute(_config("sgd", tmp_path, "wandb.mode=offline", "product_cost=null", "measure_every=10"))
+    plain = read_jsonl_run(outcome.folder.path).config
+    assert plain == read_run(outcome.folder.path).config
+    place = plain["environment"]
+    assert place["torch"] == torch.__version__ and place["numpy"] == np.__version__
+    assert {"curvopt", "commit", "python", "platform", "processor", "cores", "gpu", "date"} <= set(place)
+    # What the clock decided stands in the saved configuration, so that a run made from it counts the same.
+    saved = load_run(outcome.folder.config)
+    assert saved.product_cost == outcome.record["product_cost"] == plain["product_cost"] and saved.route == "loop"
+    again = execute(repeat_run(outcome.folder.config, [f"out={tmp_path / 'again'}", "wandb.mode=disabled"]))
+    assert again.folder.path != outcome.folder.path and not again.resumed
+    for left, right in zip(read_jsonl(outcome.folder.log), read_jsonl(again.folder.log), strict=True):
+        assert {k: v for k, v in left.items() if k not in MEASURED} == {
+            k: v for k, v in right.items() if k in left and k not in MEASURED
+        }
+    with pytest.raises(ConfigError, match="--config repeats a saved run, so 'steps' can't change"):
+        repeat_run(outcome.folder.config, ["steps=3"])
+
+
+def test_a_run_that_went_on_elsewhere_says_so(tmp_path):
+    config = _config("sgd", tmp_path, "measure_every=0")
+    folder = execute(config).folder
+    folder.done.unlink()
+    meta = json.loads(folder.meta.read_text())
+    folder.meta.write_text(json.dumps({**meta, "commit": "old", "torch": "2.6.0"}))
+    execute(config)
+    assert load_record(folder.path).commits == list(dict.fromkeys(["old", meta["commit"]]))
+    resumed = json.loads(folder.meta.read_text())["resumed"]
+    assert [r["torch"] for r in resumed] == [torch.__version__]
+
+
+@pytest.mark.parametrize("route", ["loop", "batched"])
+def test_the_route_that_is_asked_for_is_taken(route, tmp_path):
+    run = _fresh_run(_config("bulk_sgd", tmp_path, f"route={route}"))
+    assert run.meter._operator.route == run.optimizer.subspace.operator.route == route
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("device=toaster", "device=toaster can't be used with torch .*: "),
+        ("device=cuda:77", "device=cuda:77 can't be used with torch .*: "),
+        ("task.rank=0", "task.rank must be at least 1, got 0"),
+        ("task.curvature_examples=0", "task.curvature_examples must be at least 1, got 0"),
+        ("task.curvature_examples=2000", "task.curvature_examples=2000, but the training set has 1437 examples"),
+        ("task.hidden=[8,0]", r"task.hidden must hold widths of at least 1, got \[8, 0\]"),
+    ],
+)
+def test_what_can_not_be_run_is_said(override, text, tmp_path):
+    with pytest.raises(ConfigError, match=text):
+        execute(_config("sgd", tmp_path, override))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = _config("sgd", tmp_path, "measure_every=0")
+    folder = execute(config).folder
+    folder.done.unlink()
+    folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:-500])
+    with pytest.raises(ConfigError, match="checkpoint.pt can't be read .*: delete the file to begin the run anew"):
+        execute(config)
 
 
 def test_suite_file(tmp_path):
