@@ -1,6 +1,7 @@
-"""The set-up itself, from a bare clone: slow, and the one test that needs the package index."""
+"""The set-up itself, from a bare clone, as the README has it: slow, and the one test that needs the package index."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,8 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def readme_commands() -> list[list[str]]:
+    """The set-up commands of the README's first shell block, without their comments."""
+    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    return [line.partition("#")[0].split() for line in block[1].splitlines() if line.strip()]
+
+
+def test_the_readme_sets_up_by_two_commands():
+    assert readme_commands() == [["make", "bench"], ["make", "test"]]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_bare_clone_installs_and_tests_itself(tmp_path):
     clone = tmp_path / "curvopt"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -36,6 +48,9 @@ def test_a_bare_clone_installs_and_tests_itself(tmp_path):
     os.utime(clone / "pyproject.toml")
     assert "pip" in run("make", "-n", "venv"), "a changed pyproject.toml is not installed"
 
-    assert " passed" in run("make", "test", "ARGS=tests/test_imports.py tests/test_packaging.py")
+    printed = [run(*command) for command in readme_commands()]
+    assert "digits" in printed[0] and "Report" in printed[0]
+    assert " passed" in printed[1]
+    assert list((clone / "runs").rglob("report.md"))
     run("make", "clean")
     assert run("git", "status", "--short") == ""
