@@ -76,11 +76,15 @@ def read_idx_pair(images: Path, labels: Path, *, side: int, classes: int) -> tup
     return x, y
 
 
-def read_cifar10_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_cifar10_batch(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """One file of CIFAR-10's binary version: images (N, 3, 32, 32) and labels (N,), both uint8.
 
+    Args:
+        path: The file.
+        count: How many rows it must have: the format has no header that would tell a file cut off between two rows.
+
     Raises:
-        DataFormatError: If the file is no whole number of 3,073-byte rows or a label is above 9.
+        DataFormatError: If the file has not that number of 3,073-byte rows or a label is above 9.
     """
     raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     if raw.size % _CIFAR_ROW:
@@ -90,6 +94,7 @@ def read_cifar10_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     rows = raw.reshape(-1, _CIFAR_ROW)
     _check_rows(path, len(rows))
+    _check_count(path, len(rows), count, "rows")
     _check_labels(path, rows[:, 0], 10)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].copy()
 
@@ -129,15 +134,20 @@ def read_sentences(path: Path) -> tuple[list[str], list[int]]:
     return sentences, labels
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, count: int) -> str:
     """A UTF-8 text, characters as they are (no newline translation).
 
+    Args:
+        path: The file.
+        count: How many characters it must have: a text that was cut off looks like any other.
+
     Raises:
-        DataFormatError: If the file is empty or not UTF-8.
+        DataFormatError: If the file is empty, not UTF-8 or of another length.
     """
     text = _decode(path)
     if not text:
         raise DataFormatError(f"{path}: empty file")
+    _check_count(path, len(text), count, "characters")
     return text
 
 
@@ -169,6 +179,12 @@ def _decode(path: Path) -> str:
 def _check_rows(path: Path, rows: int) -> None:
     if rows == 0:
         raise DataFormatError(f"{path}: holds no rows")
+
+
+def _check_count(path: Path, found: int, expected: int, what: str) -> None:
+    if found != expected:
+        fault = "truncated" if found < expected else "too long"
+        raise DataFormatError(f"{path}: {fault}: {found:,} {what}, expected {expected:,}")
 
 
 def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:

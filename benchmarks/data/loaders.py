@@ -47,7 +47,8 @@ def load(
 
     Raises:
         DataMissingError: If the files are in no place; the text says how to get them.
-        DataFormatError: If a file is truncated, corrupt or of another format.
+        DataFormatError: If a file is truncated, corrupt or of another format. (SST-2 cut off between two lines can't be
+            told from its smaller layout: the note of the result then says how many rows there are.)
         DataError: If there is no data set of that name, or an argument does not fit it.
     """
     spec = spec_of(name)
@@ -118,7 +119,8 @@ def _cifar(spec: Spec, place: Place, *, train: bool, limit: int | None, normaliz
         note = "" if len(names) == 5 else f"{len(names)} of the 5 training batches ({_numbers(names)})"
     else:
         names, note = list(spec.test[0]), ""
-    batches = [formats.read_cifar10_batch(place.folder / name) for name in names]
+    count = spec.rows[0] // 5 if train else spec.rows[1]
+    batches = [formats.read_cifar10_batch(place.folder / name, count) for name in names]
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     note = "; ".join(part for part in (note, _fewer(spec, train, len(y), "images")) if part)
     return _images(spec, x, y, train=train, limit=limit, normalize=normalize, source=place.source, note=note)
@@ -138,16 +140,15 @@ def _sentences(spec: Spec, place: Place, *, train: bool, limit: int | None) -> S
 
 
 def _chars(spec: Spec, place: Place, *, train: bool, limit: int | None) -> CharData:
-    text = formats.read_text(place.file(spec.train[0]))
+    text = formats.read_text(place.file(spec.train[0]), spec.rows[0])
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     alphabet, ids = np.unique(codes, return_inverse=True)
     border = int(_CHARS_TRAIN * len(ids))
     part = ids[:border] if train else ids[border:]
     if limit is not None and limit > len(part):
         raise DataError(f"limit={limit} for {spec.name}: only {len(part):,} {_split(train)} characters are there")
-    note = _fewer(spec, train, len(ids), "characters")
     tensor = torch.from_numpy(part[:limit].astype(np.int64))
-    return CharData(spec.name, _split(train), place.source, note, tensor, "".join(map(chr, alphabet)))
+    return CharData(spec.name, _split(train), place.source, "", tensor, "".join(map(chr, alphabet)))
 
 
 def _digits(spec: Spec, *, train: bool, limit: int | None, normalize: bool, seed: int) -> ImageData:

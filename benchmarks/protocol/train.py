@@ -54,9 +54,17 @@ class _Diverged(Exception):
 
 
 class Account:
-    """What an optimizer spent: gradients and products exactly, seconds as measured."""
+    """What an optimizer spent: gradients and products exactly, seconds as measured.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, entry: zoo.Entry, cost: float) -> None:
+    Args:
+        optimizer, entry: itself, and its facts.
+        cost: gradients of a training batch that a product on the curvature batch costs.
+        share: examples of a training batch for one of the curvature batch. A method with products of its own each step
+            (AdaHessian) takes them on the training batch: that share of the cost, and a gradient at least.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, entry: zoo.Entry, cost: float, share: float = 1.0) -> None:
+        self.share = share
         self.optimizer = optimizer
         self.entry = entry
         self.cost = cost
@@ -74,11 +82,14 @@ class Account:
     def columns(self, watch: Stopwatch) -> dict[str, Any]:
         """Counts first, then measured seconds (columns that begin with ``seconds``)."""
         stats = self._stats()
-        products = stats.get("matvecs", 0) + self.entry.products_per_step * self.gradients
+        own = self.entry.products_per_step * self.gradients
+        products = stats.get("matvecs", 0) + own
+        equivalents = stats.get("matvecs", 0) * self.cost if stats.get("matvecs", 0) else 0.0
+        equivalents += own * max(1.0, self.cost * self.share) if own else 0.0
         out: dict[str, Any] = {
             "gradients": self.gradients,
             "products": int(products),
-            "gradient_equivalents": self.gradients + (products * self.cost if products else 0.0),
+            "gradient_equivalents": self.gradients + equivalents,
         }
         if stats:
             out |= {"refreshes": int(stats["refreshes"]), "basis_age": int(stats["age"])}
@@ -128,7 +139,9 @@ class Run:
             folder.pin(self.config)
         self.optimizer = self._build_optimizer()
         self._announce_refreshes()
-        self.account = Account(self.optimizer, self.entry, cost)
+        self.account = Account(
+            self.optimizer, self.entry, cost, config.batch_size / self.task.config.curvature_examples
+        )
         self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank, self.route) if self._meters else None
         self.watch = Stopwatch(self.device)
         self.loss_sum = torch.zeros((), device=self.device)

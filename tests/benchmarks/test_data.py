@@ -1,5 +1,6 @@
 """Loaders: right numbers from every public format, the order of the places, and a clear error for every broken file."""
 
+import dataclasses
 import gzip
 import os
 import struct
@@ -24,6 +25,7 @@ from benchmarks.data import (
     load_images,
     standardize,
 )
+from benchmarks.data.catalog import CATALOG
 
 RNG = np.random.default_rng(0)
 CIFAR_ROW = 3073
@@ -34,6 +36,11 @@ def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No data folder and an empty cache, unless a test says otherwise."""
     monkeypatch.delenv("CURVOPT_DATA", raising=False)
     monkeypatch.setenv("CURVOPT_CACHE", str(tmp_path / "cache"))
+
+
+def expect(monkeypatch: pytest.MonkeyPatch, name: str, rows: tuple[int, int]) -> None:
+    """A set as small as the test's files."""
+    monkeypatch.setitem(CATALOG, name, dataclasses.replace(CATALOG[name], rows=rows))
 
 
 def gzipped_plain(raw: bytes) -> bytes:
@@ -106,13 +113,16 @@ def test_limit_takes_the_first_rows_and_normalize_is_the_textbook_formula(tmp_pa
         load("mnist", root=tmp_path, limit=0)
 
 
-def test_cifar_reads_the_batches_that_are_there_and_says_how_many(tmp_path: Path) -> None:
+def test_cifar_reads_the_batches_that_are_there_and_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect(monkeypatch, "cifar-10", (20, 4))
     table = write_cifar(tmp_path / "cifar-10-batches-bin", batches=(1, 3))
     data = load_images("cifar-10", root=tmp_path)
     assert data.inputs.shape == (8, 3, 32, 32)
     np.testing.assert_array_equal(data.inputs.reshape(8, -1).numpy(), table[:8, 1:])
     np.testing.assert_array_equal(data.targets.numpy(), table[:8, 0])
-    assert "2 of the 5 training batches (1, 3)" in data.note and "public train split has 50,000" in data.note
+    assert "2 of the 5 training batches (1, 3)" in data.note and "public train split has 20" in data.note
     test = load_images("cifar10", root=tmp_path, train=False)
     np.testing.assert_array_equal(test.targets.numpy(), table[8:, 0])
     assert "batches" not in test.note
@@ -135,7 +145,8 @@ def test_sst2_takes_both_public_layouts(tmp_path: Path, header: str, end: str) -
     assert data.targets.tolist() == [1, 0] and data.targets.dtype == torch.int64 and data.classes == 2
 
 
-def test_text_ids_alphabet_and_the_split(tmp_path: Path) -> None:
+def test_text_ids_alphabet_and_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect(monkeypatch, "tinyshakespeare", (100, 100))
     text = "".join(chr(97 + i % 26) for i in range(95)) + "Ä\r\n\U0001f600."
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(text.encode())
@@ -266,7 +277,8 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
         load("mnist", root=tmp_path)
 
 
-def test_broken_cifar_files(tmp_path: Path) -> None:
+def test_broken_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect(monkeypatch, "cifar-10", (20, 4))
     table = write_cifar(tmp_path / "cifar-10-batches-bin")
     path = tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin"
     path.write_bytes(table[:4].tobytes()[:-1])
@@ -278,6 +290,9 @@ def test_broken_cifar_files(tmp_path: Path) -> None:
         load("cifar-10", root=tmp_path)
     path.write_bytes(b"")
     with pytest.raises(DataFormatError, match="data_batch_1.bin: holds no rows"):
+        load("cifar-10", root=tmp_path)
+    path.write_bytes(table[:3].tobytes())  # cut off between two rows
+    with pytest.raises(DataFormatError, match="data_batch_1.bin: truncated: 3 rows, expected 4"):
         load("cifar-10", root=tmp_path)
 
 
@@ -305,6 +320,10 @@ def test_broken_text_and_the_hint_for_a_cached_file(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "cache"):
         (place / "tinyshakespeare").mkdir(parents=True)
         (place / "tinyshakespeare" / "input.txt").write_bytes(b"")
+    (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(b"First Citizen:")
+    with pytest.raises(DataFormatError, match="input.txt: truncated: 14 characters, expected 1,115,394"):
+        load("tinyshakespeare", root=tmp_path)
+    (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(b"")
     with pytest.raises(DataFormatError, match="input.txt: empty file$"):
         load("tinyshakespeare", root=tmp_path)
     with pytest.raises(DataFormatError, match="Fetch it again: python -m benchmarks fetch tinyshakespeare"):

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.cli import main
 from benchmarks.data import DataFormatError, FetchError, available, fetch, load
 from benchmarks.data.catalog import CATALOG, Download
+from benchmarks.progress import RunProgress
 
 
 class Server:
@@ -235,6 +237,7 @@ def cifar_members(batches: int = 5) -> dict[str, bytes]:
 def test_archives_are_unpacked_to_the_wanted_files_only(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(CATALOG, "cifar-10", dataclasses.replace(CATALOG["cifar-10"], rows=(10, 2)))
     publish(server, monkeypatch, "cifar-10", {"cifar-10-binary.tar.gz": tar_gz(cifar_members())})
     glue = {"SST-2/train.tsv": b"sentence\tlabel\nfine \t1\n", "SST-2/dev.tsv": b"sentence\tlabel\nbad \t0\n"}
     publish(server, monkeypatch, "sst-2", {"SST-2.zip": zipped({**glue, "SST-2/original/x.txt": b"-"})})
@@ -260,6 +263,30 @@ def test_an_archive_without_the_files_is_an_error_that_names_it(
     publish(server, monkeypatch, "cifar-10", {"cifar-10-binary.tar.gz": tar_gz(cifar_members(batches=3))})
     with pytest.raises(DataFormatError, match=r"cifar-10-binary.tar.gz: can't unpack cifar-10: .*data_batch_4.bin"):
         fetch("cifar-10", base_url=server.url)
+
+
+def test_the_command_fetches_with_a_bar_that_names_the_file(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(server, monkeypatch, "mnist", mnist_files())
+    here = tuple(dataclasses.replace(d, url=f"{server.url}/{d.filename}") for d in CATALOG["mnist"].downloads)
+    monkeypatch.setitem(CATALOG, "mnist", dataclasses.replace(CATALOG["mnist"], downloads=here))
+    bars: list[str] = []
+    notes: list[str] = []
+    begin, advance = RunProgress.begin, RunProgress.advance
+    monkeypatch.setattr(
+        RunProgress, "begin", lambda self, title, total, done=0: (bars.append(title), begin(self, title, total, done))
+    )
+    monkeypatch.setattr(
+        RunProgress, "advance", lambda self, done, note="": (notes.append(note), advance(self, done, note))
+    )
+    assert main(["fetch", "mnist"]) == 0
+    assert str(tmp_path / "cache" / "mnist") in capsys.readouterr().out.replace("\n", "")
+    assert bars == [f"mnist: {d.filename} (KiB)" for d in here] and set(notes) == {"downloading"}
+    server.files = {}
+    (tmp_path / "cache" / "mnist" / here[0].filename).unlink()
+    assert main(["fetch", "mnist"]) == 2
+    assert "error: could not fetch train-images-idx3-ubyte.gz for mnist" in capsys.readouterr().err
 
 
 def test_every_download_has_a_sha256_and_covers_the_files_of_the_set() -> None:

@@ -188,6 +188,8 @@ def test_optimizers_with_needs_of_their_own(zoo_name, tmp_path):
         assert outcome.record["gradients"] > 20  # every call of the closure is counted
     else:
         assert outcome.record["products"] == 20
+        # 20 gradients, and 20 products on the training batch: 50 of the 60 examples for which one counts 5 gradients
+        assert outcome.record["gradient_equivalents"] == pytest.approx(20 + 20 * 5.0 * 50 / 60)
 
 
 def test_product_cost_is_measured_once_and_kept(tmp_path):
