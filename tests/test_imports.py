@@ -18,6 +18,7 @@ PACKAGE = ROOT / "curvopt"
 LEVEL = {
     "_errors": 0,
     "_params": 0,
+    "_stability": 0,
     "curvature": 1,
     "linalg": 2,
     "subspace": 3,
@@ -27,7 +28,7 @@ LEVEL = {
 }
 CORE = {"torch", "numpy"}
 # What the extras of pyproject.toml bring to the package, imported only inside the function that needs it.
-OPTIONAL = {"backpack", "torch_optimizer", "pytorch_optimizer", "schedulefree"}
+OPTIONAL = {"backpack", "torch_optimizer", "pytorch_optimizer", "schedulefree", "matplotlib", "pandas", "wandb"}
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def is_one_batch(data: Any) -> bool:
 
 
 @contextmanager
-def _untouched(loader: Any, seed: int) -> Iterator[None]:
+def untouched(loader: Any, seed: int) -> Iterator[None]:
     """Put a DataLoader's own generators and persistent workers aside while it is read."""
     if not isinstance(loader, DataLoader):
         yield
@@ -194,7 +194,7 @@ class DataSource:
         elif isinstance(self.data, list):
             batches = list(self.data)
         else:
-            with forked_rng(device, seed, everything=True), _untouched(self.data, mixed_seed(seed, "loader")):
+            with forked_rng(device, seed, everything=True), untouched(self.data, mixed_seed(seed, "loader")):
                 if callable(self.data) and not isinstance(self.data, Iterable):
                     answer = self.data()
                     batches = [answer] if is_one_batch(answer) else list(answer)

@@ -20,6 +20,7 @@ from curvopt.curvature.ggn import GGN
 from curvopt.curvature.hessian import Hessian, ProblemOperator
 from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.operator import SymmetricOperator
+from curvopt.diagnostics._inputs import Basis, orthonormal_rows
 from curvopt.linalg.orthogonal import exact_arithmetic, seeded_generator
 from curvopt.linalg.trace import random_probes
 
@@ -178,7 +179,7 @@ def _split_dict(split: Split) -> dict[str, Any]:
 
 def curvature_energy(
     curvature: ProblemOperator,
-    basis: Tensor,
+    basis: Basis,
     *,
     backend: str = "auto",
     probes: int | None = None,
@@ -200,7 +201,7 @@ def curvature_energy(
 
     Args:
         curvature: a Hessian, GGN or other operator over a model's loss (it has a ``problem``).
-        basis: V, (P, k), orthonormal columns.
+        basis: V, (P, k), orthonormal columns; or an EigenResult or a DominantSubspace that holds them.
         backend: "backpack", "autograd", or "auto": the first where it is installed and covers model, loss and data.
         probes: how many for the bulk's parts; None is exact up to P = 256 and takes 32 beyond.
         seed: of the probes.
@@ -221,8 +222,8 @@ def curvature_energy(
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    rows = _orthonormal_rows(curvature, basis)
     size = curvature.shape[0]
+    rows = orthonormal_rows(basis, size, curvature.dtype, curvature.device)
     if probes is not None and probes < 2 and probes < size:
         raise ValueError(f"probes must be at least 2, for the standard error comes from their spread, got {probes}")
     limit = _EXACT if probes is None else probes
@@ -334,30 +335,6 @@ def _use_exact(
     if kind == "trace":
         h, f = energies["hessian", kind], energies["functional", kind]
         energies["functional", kind] = replace(f, bulk=h.bulk - (total - inside), standard_error=h.standard_error)
-
-
-def _orthonormal_rows(curvature: ProblemOperator, basis: Tensor) -> Tensor:
-    size = curvature.shape[0]
-    if not isinstance(basis, Tensor):
-        raise TypeError(f"basis must be a tensor of shape ({size}, k), got {type(basis).__name__}")
-    if basis.dim() != 2 or basis.shape[0] != size or not 1 <= basis.shape[1] <= size:
-        hint = "; one vector a column, transpose it" if basis.dim() == 2 and basis.shape[1] == size else ""
-        raise ValueError(f"basis must have shape ({size}, k) with 1 <= k <= {size}, got {tuple(basis.shape)}{hint}")
-    if basis.dtype != curvature.dtype or basis.device != curvature.device:
-        raise ValueError(
-            f"basis must be {curvature.dtype} on {curvature.device} like the curvature, "
-            f"got {basis.dtype} on {basis.device}"
-        )
-    rows = basis.detach().T.contiguous()
-    with exact_arithmetic(rows.device):
-        gram = rows @ rows.T
-        gap = float((gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().max())
-    if not gap <= 1e-3:
-        raise ValueError(
-            f"basis must have orthonormal columns, but |V^T V - I| reaches {gap:.3g}; "
-            "orthonormalise it with torch.linalg.qr"
-        )
-    return rows
 
 
 def _backend(curvature: ProblemOperator, backend: str) -> tuple[str, str, ExactGGN | None]:

@@ -7,10 +7,14 @@ An update is a list of tensors shaped like the parameters; ``None`` stands for a
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from curvopt._stability import averaged_border as averaged_border
+from curvopt._stability import momentum_border as momentum_border
 
 Dominant = float | str | Callable[[Tensor, Tensor], Tensor]
 _HALF = (torch.float16, torch.bfloat16)
@@ -68,24 +72,6 @@ def dominant_share(basis: Sequence[Tensor], update: Sequence[Tensor | None]) -> 
     return torch.where(norm > 0, inside / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
 
 
-def momentum_border(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> float:
-    """Largest stable ``lr * eigenvalue`` of torch.optim.SGD's rule on a quadratic with full-batch gradients.
-
-    2 for plain SGD, ``2 (1 + beta) / (1 - dampening)`` for heavy-ball and ``2 (1 + beta) / (1 + 2 beta)`` for Nesterov
-    momentum: where the step's 2 x 2 matrix gets the eigenvalue -1.
-    """
-    if nesterov:
-        return 2.0 * (1.0 + momentum) / (1.0 + 2.0 * momentum)
-    if not momentum:
-        return 2.0  # torch ignores dampening without momentum
-    return 2.0 * (1.0 + momentum) / (1.0 - dampening) if dampening < 1.0 else math.inf
-
-
-def averaged_border(beta: float) -> float:
-    """Largest stable ``lr * eigenvalue`` in Adam's own metric, where momentum is an average: 38 for beta = .9."""
-    return (2.0 + 2.0 * beta) / (1.0 - beta)
-
-
 def newton(eigenvalues: Tensor, lr: Tensor, damping: float) -> Tensor:
     """``a_i = 1 / (eta_i (|lambda_i| + rho))``, rho = damping * lambda_1: a damped Newton step along each v_i."""
     rho = damping * eigenvalues.abs().max()
@@ -110,6 +96,8 @@ def path_coefficients(path: str, alpha: float) -> tuple[float, float]:
     if path not in _ALPHA_RANGES:
         raise ValueError(f"path must be one of {', '.join(map(repr, _ALPHA_RANGES))}, got {path!r}")
     low, high = _ALPHA_RANGES[path]
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not low <= alpha <= high or math.isinf(alpha):
         raise ValueError(f"alpha must lie in [{low:g}, {high:g}] for path={path!r}, got {alpha}")
     if path == "convex":
