@@ -255,6 +255,17 @@ def errors(world: World) -> Iterator[tuple[str, Callable[[], Any], type[Exceptio
     yield "refresh_every a name", bulk(refresh_every="never"), ValueError, r"'auto' or 'frozen', got 'never'"
     yield "refresh_every a float", bulk(refresh_every=1.5), TypeError, r"refresh_every must be an int.* got 1\.5"
     yield "overhead", bulk(overhead=0.0), ValueError, r"overhead must be above 0"
+    for name in ("start_threshold", "tol", "edge", "overhead", "damping", "costs"):
+        yield f"{name} a word", bulk(**{name: "much"}), TypeError, rf"{name} must be a number.*, got 'much'"
+    for name in ("start_timeout", "max_matvecs", "max_rank", "seed"):
+        yield f"{name} a float", bulk(**{name: 2.5}), TypeError, rf"{name} must be an int.*, got 2\.5"
+    yield "alpha a word", mixed(path="convex", alpha="half"), TypeError, r"alpha must be a number, got 'half'"
+    yield (
+        "history per layer",
+        bulk(source="history", layout="layer", curvature=None),
+        ValueError,
+        r"source='history' keeps one basis over all parameters",
+    )
     yield "start", bulk(start=-1), ValueError, r"start must be a step >= 0 or 'aligned', got -1"
     yield "start a name", bulk(start="late"), ValueError, r"start must be one of 'aligned', got 'late'"
     yield "start_threshold", bulk(start_threshold=1.5), ValueError, r"start_threshold must lie in \(0, 1\], got 1\.5"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,9 +69,15 @@ def eigsh(
         pairs most wanted first, their residual norms, status in words, and the products spent.
 
     Raises:
+        TypeError: ``op`` is no operator, ``k`` no int.
         ValueError: an argument is out of range or has the wrong shape, dtype or device.
         NonFiniteError: a product holds NaN or Inf.
     """
+    if not isinstance(op, SymmetricOperator):
+        raise TypeError(f"op must be an operator such as curvopt.Hessian, got {type(op).__name__}")
+    given: object = k
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+        raise TypeError(f"k must be an int, got {k!r}")
     size = op.shape[0]
     _check_arguments(size, k, which, tol, max_matvecs, guard, extra, max_basis)
     start = None if v0 is None else _check_start(op, v0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,15 +53,19 @@ class SubspaceConfig:
         _one_of("layout", self.layout, ("whole", "layer"))
         self._check_rank()
         self._check_coefficients()
-        refresh.policy(self.refresh_every, self.overhead)
         if isinstance(self.start, str):
             _one_of("start", self.start, ("aligned",))
         elif isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
             raise ValueError(f"start must be a step >= 0 or 'aligned', got {self.start!r}")
+        for name in ("start_threshold", "tol", "edge", "overhead", "damping", "costs"):
+            self._check_kind(name, numbers.Real, "a number")
+        for name in ("start_timeout", "max_matvecs", "max_rank", "seed"):
+            self._check_kind(name, numbers.Integral, "an int")
         if not 0 < self.start_threshold <= 1:
             raise ValueError(f"start_threshold must lie in (0, 1], got {self.start_threshold}")
         if self.start_timeout is not None and self.start_timeout < 0:
             raise ValueError(f"start_timeout must be a step >= 0 or None, got {self.start_timeout}")
+        refresh.policy(self.refresh_every, self.overhead)
         for name in ("tol", "edge", "overhead"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -72,11 +77,21 @@ class SubspaceConfig:
             raise ValueError(f"basis_dtype must be a floating-point dtype or None, got {self.basis_dtype}")
         if self.costs is not None and not self.costs > 0:
             raise ValueError(f"costs, seconds of a product over seconds of a step, must be above 0, got {self.costs}")
+        if self.source == "history" and self.layout != "whole":
+            raise ValueError("source='history' keeps one basis over all parameters: layout='layer' needs curvature")
         if self.source == "history" and (self.metric != "euclidean" or self.rank == "edge" or self.by_eigenvalue):
             raise ValueError(
                 "source='history' gives directions without curvature, so it can't serve metric='preconditioner', "
                 "rank='edge' or a dominant that depends on eigenvalues"
             )
+
+    def _check_kind(self, name: str, kind: type, words: str) -> None:
+        value = getattr(self, name)
+        optional = name in ("costs", "start_timeout", "max_matvecs")
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name} must be {words}{' or None' if optional else ''}, got {value!r}")
 
     def _check_rank(self) -> None:
         if self.rank is None or self.rank == "edge":

@@ -101,7 +101,8 @@ class SubspaceEngine:
     @property
     def active(self) -> bool:
         """Whether updates are split now: there is a basis and the start rule has fired."""
-        return self.subspace is not None and self.subspace.ready and self.started
+        start = self.config.start if isinstance(self.config.start, int) else 0
+        return self.subspace is not None and self.subspace.ready and self.started and self.state.step >= start
 
     def gather(self, tensors: dict[int, Tensor]) -> list[Tensor | None]:
         """Tensors by parameter id, in the subspace's order; None for parameters that take no part."""

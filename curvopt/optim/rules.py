@@ -96,7 +96,8 @@ def path_coefficients(path: str, alpha: float) -> tuple[float, float]:
     if path not in _ALPHA_RANGES:
         raise ValueError(f"path must be one of {', '.join(map(repr, _ALPHA_RANGES))}, got {path!r}")
     low, high = _ALPHA_RANGES[path]
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+    given: object = alpha
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not low <= alpha <= high or math.isinf(alpha):
         raise ValueError(f"alpha must lie in [{low:g}, {high:g}] for path={path!r}, got {alpha}")

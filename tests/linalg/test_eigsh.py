@@ -380,6 +380,13 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
     assert op.matvecs == 0
 
 
+def test_operands_of_a_wrong_kind() -> None:
+    with pytest.raises(TypeError, match="op must be an operator such as curvopt.Hessian, got Tensor"):
+        eigsh(torch.eye(3), 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"k must be an int, got 2\.0"):
+        eigsh(DiagonalOperator(torch.arange(8.0)), 2.0)  # type: ignore[arg-type]
+
+
 def test_a_product_that_is_not_finite_raises() -> None:
     with pytest.raises(NonFiniteError, match="NaN or Inf"):
         eigsh(DiagonalOperator(torch.tensor([1.0, float("nan"), 2.0])), 1)

@@ -114,6 +114,21 @@ def test_history_starts_when_there_are_enough_displacements_and_splits_from_then
     assert moved[2].norm() > 1e-3
 
 
+def test_start_delays_what_history_knows():
+    params, dense = parameters([(6,)]), torch.diag(torch.tensor([5.0, 4.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    plain = parameters([(6,)])
+    ops = Quartic(dense, params), Quartic(dense, plain)
+    opt = InterpolatedSGD(params, lr=0.1, rank=2, source="history", refresh_every=4, dominant=0.0, bulk=1.0, start=7)
+    base = torch.optim.SGD(plain, lr=0.1)
+    for step in range(9):
+        for op, one in zip(ops, (opt, base), strict=True):
+            op.backward()
+            one.step()
+        same = bool((flat(params) - flat(plain)).abs().max() < 1e-14)
+        assert same == (step < 7)  # there is a basis from the second step on
+        assert opt.subspace.ready == (step >= 1)
+
+
 def test_history_auto_refreshes_every_rank_steps():
     opt, _, _, _ = noisy_run(
         lambda p, op: InterpolatedSGD(p, lr=0.05, rank=4, source="history", dominant=0.5, bulk=1.0), steps=40
