@@ -60,6 +60,10 @@ class OverheadWarning(CurvoptWarning):
     """The projection alone costs more than the overhead that was allowed."""
 
 
+class LineSearchWarning(CurvoptWarning):
+    """A line search failed or a direction did not descend; the parameters are at the last accepted iterate."""
+
+
 class LearningRateWarning(CurvoptWarning):
     """Every learning rate is 0 while a rule needs one: the basis is kept and the rule skipped."""
 

@@ -346,12 +346,19 @@ class DominantSubspace:
         rows = solution.rows
         return torch.linalg.matrix_norm(self._rows(self.groups[g], rows.dtype) @ rows.T).square() / most
 
-    def replace(self, rows: Tensor, values: Tensor) -> None:
-        """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh."""
+    def replace(
+        self, rows: Tensor, values: Tensor, residuals: Tensor | None = None, reason: str = "given"
+    ) -> RefreshReport:
+        """Take a basis computed elsewhere: orthonormal rows (k, P) and what orders them (k,); counts as a refresh.
+
+        Rows whose value is 0 must be zero. ``residuals`` (k,) are zero where they are not given.
+        """
         if self.layout != "whole":
             raise ValueError("replace() is for layout='whole'")
-        none = torch.zeros(self.rank, dtype=torch.float64, device="cpu")
-        self._commit([Solution(rows, values.double().cpu(), none, None, 0.0, 0.0, "krylov", True, "given")], 0)
+        found = (
+            torch.zeros(self.rank, dtype=torch.float64, device="cpu") if residuals is None else residuals.double().cpu()
+        )
+        return self._commit([Solution(rows, values.double().cpu(), found, None, 0.0, 0.0, "krylov", True, reason)], 0)
 
     def measure_mass(self) -> None:
         """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
