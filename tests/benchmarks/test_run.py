@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +239,17 @@ def test_both_records_name_what_it_takes_to_repeat_the_run(tmp_path):
         }
     with pytest.raises(ConfigError, match="--config repeats a saved run, so 'steps' can't change"):
         repeat_run(outcome.folder.config, ["steps=3"])
+
+
+def test_every_column_is_documented(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page, flags=re.S)))
+    outcome = execute(_config("bulk_sgd", tmp_path, "energy_every=20", "optimizer.rank=3"))
+    columns = {key for record in read_jsonl(outcome.folder.log) for key in record}
+    assert {"lambda/3", "energy/ggn_trace_error", "batch_loss", "chi_update"} <= columns
+    single = {c for c in columns if not c.startswith(("lambda/", "energy/"))}
+    assert single - named == set()
+    assert {"lambda/1", "lambda/k", "energy/MATRIX_KIND", "..._error"} <= named
 
 
 def test_a_run_that_went_on_elsewhere_says_so(tmp_path):
