@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | bench | tune | report | fetch | list."""
+"""The command line: python -m benchmarks run | bench | tune | report | perf | fetch | list."""
 
 from __future__ import annotations
 
@@ -80,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="a folder with runs of one task below it")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER)")
     report.add_argument("--target", type=float, help="train loss that counts as solved (default: the task's)")
+
+    perf = commands.add_parser("perf", help="what curvature costs, beside the peers, in units of one gradient")
+    perf.add_argument("rows", nargs="*", metavar="ROW", help="hessian_product cold_top_ten ... (default: all)")
+    perf.add_argument("--rounds", type=_count, default=5, metavar="N", help="of each timing (default: 5)")
+    perf.add_argument("--out", type=Path, metavar="FILE", help="the page (default: benchmarks/results/perf.md)")
 
     fetch = commands.add_parser("fetch", help="download a data set into the user's cache, checked by its checksum")
     fetch.add_argument("name", help="mnist, fashion-mnist, cifar-10, sst-2 or tinyshakespeare")
@@ -199,6 +204,13 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _perf(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.perf.run import DEFAULT_OUT, perform
+
+    perform(options.rows, options.rounds, options.out or DEFAULT_OUT, console)
+    return 0
+
+
 def _fetch(options: argparse.Namespace, console: Console) -> int:
     from benchmarks import data
 
@@ -235,6 +247,7 @@ _COMMANDS = {
     "bench": _bench,
     "tune": _tune,
     "report": _report,
+    "perf": _perf,
     "fetch": _fetch,
     "list": _list,
 }

@@ -1,0 +1,1 @@
+"""What curvature costs: products, eigenpairs, refreshes and steps, ours beside the peers', in units of one gradient."""

@@ -1,0 +1,14 @@
+"""One function a row (or a few that belong together) of the report."""
+
+from __future__ import annotations
+
+from benchmarks.perf.record import RowMaker
+from benchmarks.perf.rows import products, solvers
+
+ROWS: dict[str, RowMaker] = {
+    "hessian_product": products.hessian_product,
+    "hessian_product_cnn": products.hessian_product_cnn,
+    "ggn_product": products.ggn_product,
+    "ggn_forms": products.ggn_forms,
+    "cold_top_ten": solvers.cold_top_ten,
+}
