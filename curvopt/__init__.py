@@ -3,6 +3,7 @@
 Optimizers
     BulkSGD, DomSGD, InterpolatedSGD, GGNProjectedSGD    torch.optim.SGD with its displacement split
     SubspaceScaled                                       the same around any torch optimizer
+    SubspaceLBFGS                                        L-BFGS started from the cached eigenpairs, for high precision
 Curvature operators
     Hessian, GGN, FunctionalHessian, GradientSecondMoment, ClosureHessian
 Measurements
@@ -22,6 +23,7 @@ from curvopt._errors import CurvoptWarning as CurvoptWarning
 from curvopt._errors import DoubleBackwardError as DoubleBackwardError
 from curvopt._errors import EmptyDataError as EmptyDataError
 from curvopt._errors import GapWarning as GapWarning
+from curvopt._errors import LineSearchWarning as LineSearchWarning
 from curvopt._errors import MissingExtraError as MissingExtraError
 from curvopt._errors import NondeterministicClosureError as NondeterministicClosureError
 from curvopt._errors import NonFiniteError as NonFiniteError
@@ -43,6 +45,7 @@ from curvopt.optim import BulkSGD as BulkSGD
 from curvopt.optim import DomSGD as DomSGD
 from curvopt.optim import GGNProjectedSGD as GGNProjectedSGD
 from curvopt.optim import InterpolatedSGD as InterpolatedSGD
+from curvopt.optim import SubspaceLBFGS as SubspaceLBFGS
 from curvopt.optim import SubspaceScaled as SubspaceScaled
 from curvopt.subspace import DominantSubspace as DominantSubspace
 
@@ -66,6 +69,7 @@ __all__ = [
     "GradientSecondMoment",
     "Hessian",
     "InterpolatedSGD",
+    "LineSearchWarning",
     "MissingExtraError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -73,6 +77,7 @@ __all__ = [
     "OverheadWarning",
     "RankWarning",
     "RefreshWarning",
+    "SubspaceLBFGS",
     "SubspaceScaled",
     "curvature_energy",
     "diagnostics",

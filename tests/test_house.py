@@ -42,7 +42,7 @@ def modules_of(*folders: str) -> list[Path]:
 
 # The contract with users' scripts; the list may grow, none of these may go.
 STABLE = """
-    BulkSGD DomSGD InterpolatedSGD GGNProjectedSGD SubspaceScaled
+    BulkSGD DomSGD InterpolatedSGD GGNProjectedSGD SubspaceScaled SubspaceLBFGS
     Hessian GGN FunctionalHessian GradientSecondMoment DominantSubspace
     eigsh spectral_density curvature_energy trace diagnostics zoo
 """.split()
