@@ -28,7 +28,7 @@ def no_gap(values: Tensor, gap: float) -> None:
     hint = f"the nearest gap below it is after rank={gaps[-1]}" if gaps else "none was found below it"
     warn(
         f"rank={len(values)} sits at no gap of the spectrum (lambda_k/lambda_(k+1) = {gap:.3g}), so its last directions "
-        f"are arbitrary; {hint}",
+        f"are arbitrary; {hint}. This is said once: early in training a gap may still form, and start= waits for it",
         GapWarning,
     )
 
