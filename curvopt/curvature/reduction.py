@@ -57,7 +57,7 @@ def is_loss(loss_fn: Any, kinds: tuple[Any, ...]) -> bool:
             return False
         loss_fn = loss_fn.func
     for kind in kinds:
-        if isinstance(kind, type):
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
             if isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward:  # a subclass may reduce otherwise
                 return True
         elif loss_fn is kind:
