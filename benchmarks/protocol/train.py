@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import tasks
 from benchmarks.config import ConfigError, RunConfig, run_directory
 from benchmarks.progress import RunProgress
+from benchmarks.protocol.account import Account
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.protocol.clock import Stopwatch
 from benchmarks.protocol.environment import environment
@@ -51,65 +52,6 @@ class Outcome:
 
 class _Diverged(Exception):
     pass
-
-
-class Account:
-    """What an optimizer spent: gradients and products exactly, seconds as measured.
-
-    Args:
-        optimizer, entry: itself, and its facts.
-        cost: gradients of a training batch that a product on the curvature batch costs.
-        share: examples of a training batch for one of the curvature batch. A method with products of its own each step
-            (AdaHessian) takes them on the training batch: that share of the cost, and a gradient at least.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, entry: zoo.Entry, cost: float, share: float = 1.0) -> None:
-        self.share = share
-        self.optimizer = optimizer
-        self.entry = entry
-        self.cost = cost
-        self.gradients = 0
-        self._carried = {"seconds_refresh": 0.0, "seconds_projection": 0.0}
-
-    def _stats(self) -> dict[str, float]:
-        stats: Callable[[], dict[str, float]] | None = getattr(self.optimizer, "stats", None)
-        return stats() if stats is not None else {}
-
-    def seconds(self, label: str) -> float:
-        """Seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
-        return self._carried[label] + self._stats().get(label, 0.0)
-
-    def columns(self, watch: Stopwatch) -> dict[str, Any]:
-        """Counts first, then measured seconds (columns that begin with ``seconds``)."""
-        stats = self._stats()
-        own = self.entry.products_per_step * self.gradients
-        products = stats.get("matvecs", 0) + own
-        equivalents = stats.get("matvecs", 0) * self.cost if stats.get("matvecs", 0) else 0.0
-        equivalents += own * max(1.0, self.cost * self.share) if own else 0.0
-        out: dict[str, Any] = {
-            "gradients": self.gradients,
-            "products": int(products),
-            "gradient_equivalents": self.gradients + equivalents,
-        }
-        if stats:
-            out |= {"refreshes": int(stats["refreshes"]), "basis_age": int(stats["age"])}
-        refresh, projection = self.seconds("seconds_refresh"), self.seconds("seconds_projection")
-        total = watch.get("train")
-        return out | {
-            "seconds": total,
-            "seconds_base": total - refresh - projection,
-            "seconds_refresh": refresh,
-            "seconds_projection": projection,
-            "seconds_measure": watch.get("measure"),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"gradients": self.gradients, "cost": self.cost, **{k: self.seconds(k) for k in self._carried}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gradients, self.cost = int(state["gradients"]), float(state["cost"])
-        now = self._stats()
-        self._carried = {k: float(state[k]) - now.get(k, 0.0) for k in self._carried}
 
 
 class Run:
@@ -284,8 +226,7 @@ class Run:
         if measures or energy:
             with self.progress.phase("measuring curvature"):
                 record |= meter.update()
-                full = meter.gradient(self.task.loss(self.model, self.task.curvature_batch()))
-                record["chi_full_gradient"] = meter.share(full)
+                record["chi_full_gradient"] = meter.share(self._gradient(self.task.curvature_batch()))
         if energy:
             with self.progress.phase("measuring curvature energy"):
                 record |= meter.energy()
@@ -293,8 +234,18 @@ class Run:
 
     def _measure_gradient(self, batch: Any) -> dict[str, float]:
         assert self.meter is not None
-        with self.watch.lap("measure"), torch.random.fork_rng(devices=_cuda_devices(self.device)):
-            return {"chi_gradient": self.meter.share(self.meter.gradient(self.task.loss(self.model, batch)))}
+        with self.watch.lap("measure"):
+            return {"chi_gradient": self.meter.share(self._gradient(batch))}
+
+    def _gradient(self, batch: Any) -> list[Tensor | None]:
+        """The gradient of a batch for the record: random numbers and running statistics stay as they were."""
+        assert self.meter is not None
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            gradient = self.meter.gradient(self.task.loss(self.model, batch))
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return gradient
 
     def _rate(self) -> dict[str, float]:
         lr = float(self.optimizer.param_groups[0].get("lr") or math.nan)

@@ -20,6 +20,7 @@ from benchmarks.report.records import MEASURED, load_record
 from benchmarks.sinks import read_jsonl
 from benchmarks.sinks.jsonl import read_run as read_jsonl_run
 from benchmarks.sinks.wandb_reader import read_run
+from benchmarks.tasks.classifier_mlp import ClassifierMLP
 
 SMALL = [
     "steps=20",
@@ -137,6 +138,21 @@ def test_measuring_changes_nothing(tmp_path):
     for matrix in ("hessian", "ggn", "functional"):
         assert last[f"energy/{matrix}_frobenius_error"] >= 0
     assert 0 < last["energy/ggn_trace"] < 1 and 0 < last["energy/ggn_frobenius"] < 1
+
+
+def test_measuring_leaves_running_statistics_and_random_numbers_alone(tmp_path, monkeypatch):
+    def build(self):
+        layers = [torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Dropout(0.3)]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(8, 10))
+
+    monkeypatch.setattr(ClassifierMLP, "build_model", build)
+    plain = execute(_config("sgd", tmp_path, "measure_every=0", "log_every=1"))
+    watched = execute(_config("sgd", tmp_path, "measure_every=2", "energy_every=10", "log_every=1"))
+    for a, b in zip(read_jsonl(plain.folder.log), read_jsonl(watched.folder.log), strict=True):
+        assert {k: v for k, v in a.items() if k not in MEASURED}.items() <= b.items()
+    left, right = plain.folder.load()["model"], watched.folder.load()["model"]
+    assert int(left["1.num_batches_tracked"]) == 20
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_all_optimizers_see_the_same_start_and_the_same_batches(tmp_path):
