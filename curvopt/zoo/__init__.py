@@ -1,6 +1,8 @@
 """Every optimizer, ours and others', under one name, with its facts and its search space."""
 
+from curvopt.zoo import kozistr as kozistr
 from curvopt.zoo import ours as ours
+from curvopt.zoo import schedule_free as schedule_free
 from curvopt.zoo import third_party as third_party
 from curvopt.zoo import torch_optim as torch_optim
 from curvopt.zoo.registry import Choice as Choice

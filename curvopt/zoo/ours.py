@@ -26,6 +26,22 @@ def _entry(name: str, cls: str, search: SearchSpace = _SPACE, remarks: str = "",
     )
 
 
+def _lbfgs(name: str, search: SearchSpace, remarks: str, fixed: dict[str, object] | None = None) -> Entry:
+    return Entry(
+        name,
+        "curvopt.optim.lbfgs:SubspaceLBFGS",
+        "subspace",
+        fixed=fixed or {},
+        needs_closure=True,
+        param_groups=False,
+        memory=None,
+        paper="Liu and Nocedal 1989; initial matrix ours",
+        licence="MIT",
+        search=search,
+        remarks=f"Up to max_iter=20 iterations a step; memory: 2 history_size + rank numbers a parameter. {remarks}",
+    )
+
+
 register(
     _entry("bulk-sgd", "BulkSGD", omits=_COEFFICIENTS),
     _entry(
@@ -40,4 +56,15 @@ register(
         search={**_SPACE, "dominant": Range(0.0, 1.0, log=False), "bulk": Range(0.5, 4.0)},
     ),
     _entry("ggn-projected-sgd", "GGNProjectedSGD", remarks="Eigenvectors of the GGN: no double backward needed."),
+    _lbfgs(
+        "subspace-lbfgs",
+        search={"rank": Choice((20, 10, 40)), "history_size": Choice((50, 20, 100))},
+        remarks="Differentiates the closure's gradients; full-batch problems solved to high precision.",
+    ),
+    _lbfgs(
+        "subspace-lbfgs-rank0",
+        fixed={"rank": 0},
+        search={"history_size": Choice((50, 20, 100)), "line_search_fn": Choice(("armijo", "strong_wolfe"))},
+        remarks="The control: plain L-BFGS with the same line search.",
+    ),
 )

@@ -36,6 +36,11 @@ class Range:
     high: float
     log: bool = True
 
+    @classmethod
+    def around(cls, middle: float) -> Range:
+        """Two decades to either side of ``middle``."""
+        return cls(float(f"{middle / 100:.6g}"), float(f"{middle * 100:.6g}"))
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -54,16 +59,24 @@ class Entry:
     Attributes:
         name: the name that ``create`` takes.
         target: ``"module:Class"``, imported when first needed.
-        family: ``"sgd"``, ``"adaptive"``, ``"sign"``, ``"quasi-newton"``, ``"matrix"``, ``"curvature"`` or ``"subspace"``.
+        family: ``"sgd"``, ``"adaptive"``, ``"sign"``, ``"quasi-newton"``, ``"matrix"`` (whole weight matrices at a time),
+            ``"curvature"`` (Hessian products), ``"lr-free"`` (estimates its learning rate), ``"averaging"`` (schedule-free
+            and lookahead) or ``"subspace"`` (ours).
+        library: the package that must be installed; empty where it is the target's own.
         fixed: keyword arguments that make this entry of the class (momentum for one).
         omits: arguments of the parent class that this one fixes and refuses.
+        required: arguments without a default that ``create`` must be given.
         needs_closure: ``step`` must be given a closure.
         needs_create_graph: gradients must come from ``backward(create_graph=True)``.
         needs_curvature: ``create`` must be given ``curvature=``.
         needs_train_mode: the optimizer has ``train()`` and ``eval()`` that must be called.
         matrices_only: takes two-dimensional parameters alone.
+        param_groups: takes several groups with settings of their own.
+        adds_groups: ``add_param_group`` works after the first step too.
+        schedulable: ``group["lr"]`` scales the update, so that schedulers work and 0 freezes the parameters.
+        safe_load: a saved state loads with ``torch.load(weights_only=True)``.
         holds_parameters_copy: keeps a copy of the parameters, so that a change behind its back is pulled back.
-        memory: numbers of state a parameter; None where it depends on shapes or rank.
+        memory: numbers of state a parameter, by count of its tensors; None where it depends on shapes or rank.
         products_per_step: Hessian products a step, outside refreshes.
         paper: where the method comes from.
         licence: of the code that runs.
@@ -77,13 +90,19 @@ class Entry:
     name: str
     target: str
     family: str
+    library: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     omits: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
     needs_closure: bool = False
     needs_create_graph: bool = False
     needs_curvature: bool = False
     needs_train_mode: bool = False
     matrices_only: bool = False
+    param_groups: bool = True
+    adds_groups: bool = True
+    schedulable: bool = True
+    safe_load: bool = True
     holds_parameters_copy: bool = False
     memory: float | None = None
     products_per_step: float = 0.0
@@ -118,14 +137,19 @@ def register(*entries: Entry) -> None:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names closest to ``name``, judged by the whole or by the part behind the source's ``/``."""
+    """The known names closest to ``name``, judged by the whole or by the part behind the source's ``/``.
+
+    Where several sources have one method, torch's or ours is named, else the maintained one, unless ``name`` has a source.
+    """
 
     def likeness(candidate: str) -> float:
         forms = {candidate, candidate.rpartition("/")[2]}
         return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
 
     scores = {candidate: likeness(candidate) for candidate in known}
-    return sorted((c for c in scores if scores[c] >= 0.6), key=lambda c: (-scores[c], "/" in c))[:count]
+    ranked = sorted((c for c in scores if scores[c] >= 0.6), key=lambda c: (-scores[c], "/" in c, c))
+    first = {c.rpartition("/")[2]: c for c in reversed(ranked)}
+    return [c for c in ranked if "/" in name or first[c.rpartition("/")[2]] == c][:count]
 
 
 def _plain(name: str) -> Entry:
@@ -135,6 +159,26 @@ def _plain(name: str) -> Entry:
         close = nearest(name, _ENTRIES)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "curvopt.zoo.names() lists them"
         raise UnknownOptimizerError(f"unknown optimizer {name!r}: {hint}") from None
+
+
+def _wrapped(how: str, base: Entry) -> Entry:
+    """The entry of ``how+base``: the base's facts, the wrapper's needs."""
+    name = f"{how}+{base.name}"
+    if base.available and (base.needs_curvature or base.family == "subspace"):
+        base = replace(base, available=False, reason="splits its own updates already")
+    elif base.available and base.needs_train_mode:
+        base = replace(base, available=False, reason="moves the parameters between two points in train() and eval()")
+    elif base.available and "lr" not in base.search:
+        base = replace(base, available=False, reason="has no learning rate in its param groups")
+    return replace(
+        base,
+        name=name,
+        family="subspace",
+        fixed={**base.fixed, **COMPOSED[how]},
+        needs_curvature=True,
+        memory=None,
+        remarks=f"SubspaceScaled around {base.name}: its memory plus rank numbers a parameter. {base.remarks}".strip(),
+    )
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -147,19 +191,29 @@ def _parts(name: str) -> tuple[str, str]:
     return how, base
 
 
+def _library(entry: Entry) -> str:
+    return entry.library or entry.target.partition(":")[0].partition(".")[0]
+
+
 def _load(entry: Entry) -> Any:
     module, _, attribute = entry.target.partition(":")
-    root = module.partition(".")[0]
+    library = _library(entry)
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        if root not in _EXTRAS:
+        if library not in _EXTRAS:
             raise
-        raise MissingExtraError(f'{entry.name!r} needs {root}: pip install "curvopt-torch[{_EXTRAS[root]}]"') from error
+        extra = _EXTRAS[library]
+        raise MissingExtraError(f'{entry.name!r} needs {library}: pip install "curvopt-torch[{extra}]"') from error
+    except AttributeError as error:
+        raise UnavailableOptimizerError(f"{entry.name!r}: the installed {library} has no {attribute}") from error
 
 
 def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
-    """Keyword arguments and defaults; a class that passes ``**kwargs`` on takes those of its parent too."""
+    """Keyword arguments and defaults; a class of ours that passes ``**kwargs`` on takes those of its parent too.
+
+    Other libraries' classes that take ``**kwargs`` swallow what they don't know: theirs end at what is named.
+    """
     empty, forbidden = inspect.Parameter.empty, set(fixed_by_class)
     found: dict[str, Any] = {}
     for owner in cls.__mro__:
@@ -170,20 +224,21 @@ def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
         ]  # self, then params or base
         named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
         found = {**{p.name: None if p.default is empty else p.default for p in named}, **found}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        ours = owner.__module__.partition(".")[0] == "curvopt"
+        if not ours or not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return {name: value for name, value in found.items() if name not in forbidden}
 
 
 def _status(entry: Entry) -> Entry:
     """The entry with ``available`` and ``reason`` as they are here and now."""
-    root = entry.target.partition(":")[0].partition(".")[0]
+    library = _library(entry)
     if not entry.available:
         return entry
-    if root in _EXTRAS and importlib.util.find_spec(root) is None:
-        reason = f'{root} is not installed: pip install "curvopt-torch[{_EXTRAS[root]}]"'
+    if library in _EXTRAS and importlib.util.find_spec(library) is None:
+        reason = f'{library} is not installed: pip install "curvopt-torch[{_EXTRAS[library]}]"'
         return replace(entry, available=False, reason=reason)
-    if root in ("torch", "curvopt"):
+    if library in ("torch", "curvopt"):
         module, _, attribute = entry.target.partition(":")
         if not hasattr(importlib.import_module(module), attribute):
             return replace(entry, available=False, reason=f"{module} {torch.__version__} has no {attribute}")
@@ -210,17 +265,9 @@ def describe(name: str) -> Entry:
     if "+" in name:
         how, base_name = _parts(name)
         base = describe(base_name)
-        defaults = {**base.defaults, **wrapper_defaults(), **COMPOSED[how]}
-        return replace(
-            base,
-            name=name,
-            family="subspace",
-            fixed={**base.fixed, **COMPOSED[how]},
-            needs_curvature=True,
-            memory=None,
-            defaults=MappingProxyType(defaults),
-            remarks=f"SubspaceScaled around {base_name}: its memory plus rank numbers a parameter. {base.remarks}".strip(),
-        )
+        entry = _wrapped(how, base)
+        defaults = {**base.defaults, **wrapper_defaults(), **COMPOSED[how]} if entry.available else {}
+        return replace(entry, fixed=MappingProxyType(dict(entry.fixed)), defaults=MappingProxyType(defaults))
     entry = _status(_plain(name))
     found = _signature(_load(entry), entry.omits) if entry.available else {}
     return replace(
@@ -244,7 +291,7 @@ def names(pattern: str | None = None, excluded: bool = False) -> list[str] | dic
     """
     entries = [_status(e) for e in _ENTRIES.values()]
     if pattern is not None and "+" in pattern:
-        entries = [replace(e, name=f"{how}+{e.name}") for how in COMPOSED for e in entries if not e.needs_curvature]
+        entries = [_wrapped(how, e) for how in COMPOSED for e in entries]
     chosen = [e for e in entries if pattern is None or fnmatchcase(e.name, pattern)]
     if excluded:
         return {e.name: e.reason for e in sorted(chosen, key=lambda e: e.name) if not e.available}
@@ -282,7 +329,7 @@ def create(name: str, params: Any, **kw: Any) -> torch.optim.Optimizer:
     """
     if "+" in name:
         how, base_name = _parts(name)
-        _plain(base_name)
+        _refuse(_wrapped(how, _status(_plain(base_name))))
         own = wrapper_defaults()
         _check_keys(name, kw, {**own, **describe(base_name).defaults})
         mine = {k: v for k, v in kw.items() if k in own}
@@ -290,10 +337,21 @@ def create(name: str, params: Any, **kw: Any) -> torch.optim.Optimizer:
         wrapper: Any = _load(_WRAPPER)
         return wrapper(base, **{**COMPOSED[how], **mine})
     entry = _status(_plain(name))
-    if not entry.available:
-        if entry.reason.endswith("installed") or "pip install" in entry.reason:
-            raise MissingExtraError(f"{name!r}: {entry.reason}")
-        raise UnavailableOptimizerError(f"{name!r} does not work here: {entry.reason}")
+    _refuse(entry)
     cls = _load(entry)
     _check_keys(name, kw, _signature(cls, entry.omits))
-    return cls(params, **{**entry.fixed, **kw})
+    missing = [key for key in entry.required if key not in kw]
+    if missing:
+        raise TypeError(f"optimizer {name!r} needs {', '.join(f'{key}=' for key in missing)}")
+    # A list: some classes go through a generator of parameters twice.
+    given = params if isinstance(params, torch.Tensor) else list(params)
+    return cls(given, **{**entry.fixed, **kw})
+
+
+def _refuse(entry: Entry) -> None:
+    """Raise where the entry is not available."""
+    if entry.available:
+        return
+    if "pip install" in entry.reason:
+        raise MissingExtraError(f"{entry.name!r}: {entry.reason}")
+    raise UnavailableOptimizerError(f"{entry.name!r} does not work here: {entry.reason}")

@@ -1,98 +1,172 @@
-"""Optimizers of torch-optimizer 0.3.0, as data; each class was run on torch 2.13 for this table."""
+"""Optimizers of torch-optimizer 0.3.0, as data; each class was run on torch 2.13 for this table.
+
+Where pytorch_optimizer has the same method, prefer that one: it is maintained.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from curvopt.zoo.registry import Entry, Range, register
 
-_LR = Range(1e-5, 1.0)
-_GROUP = "a param group added later never moves: it loops over the learning rates that the constructor saw"
+_LIPS = {"lips": Range(0.1, 1000.0)}
+_LICENCE = "Apache-2.0"
+_LOOKAHEAD = "Averages with a slow copy every k = 6 steps."
 
-# class: (name, family, numbers of state a parameter, copy of the parameters, paper, remarks)
-_WORKING: dict[str, tuple[str, str, float | None, bool, str, str]] = {
-    "AccSGD": ("accsgd", "sgd", 1, True, "arXiv 1803.05591", "A learning rate of 0 does not freeze the parameters."),
-    "AdaBelief": ("adabelief", "adaptive", 2, False, "arXiv 2010.07468", ""),
-    "AdaMod": ("adamod", "adaptive", 3, False, "arXiv 1910.12249", ""),
-    "AdamP": ("adamp", "adaptive", 2, False, "arXiv 2006.08217", ""),
-    "AggMo": ("aggmo", "sgd", 3, False, "arXiv 1804.00325", ""),
-    "Apollo": ("apollo", "adaptive", 3, False, "arXiv 2009.13586", ""),
-    "DiffGrad": ("diffgrad", "adaptive", 3, False, "arXiv 1909.11015", ""),
-    "LARS": ("lars", "sgd", 0, False, "arXiv 1708.03888", ""),
-    "Lamb": ("lamb", "adaptive", 2, False, "arXiv 1904.00962", ""),
-    "MADGRAD": (
-        "madgrad",
+
+def _row(
+    name: str,
+    cls: str,
+    family: str,
+    memory: float | None,
+    lr: float | None,
+    paper: str,
+    adapted: bool = False,
+    **facts: Any,
+) -> Entry:
+    """An entry; ``lr``: the middle of its search range; ``adapted``: the class of curvopt.zoo.adapt is taken."""
+    search = {} if lr is None else {"lr": Range.around(lr)}
+    facts = {"search": search, **facts}
+    target = f"curvopt.zoo.adapt:{cls}" if adapted else f"torch_optimizer:{cls}"
+    return Entry(
+        f"torch-optimizer/{name}",
+        target,
+        family,
+        library="torch_optimizer",
+        memory=memory,
+        paper=paper,
+        licence=_LICENCE,
+        **facts,
+    )
+
+
+def _no(name: str, cls: str, paper: str, reason: str) -> Entry:
+    return Entry(
+        f"torch-optimizer/{name}",
+        f"torch_optimizer:{cls}",
         "adaptive",
-        3,
-        True,
-        "arXiv 2101.11075",
-        "A learning rate of 0 does not freeze the parameters.",
-    ),
-    "NovoGrad": ("novograd", "adaptive", 1, False, "arXiv 1905.11286", ""),
-    "PID": ("pid", "sgd", 3, False, "CVPR 2018", ""),
-    "QHAdam": ("qhadam", "adaptive", 2, False, "arXiv 1810.06801", ""),
-    "QHM": ("qhm", "sgd", 1, False, "arXiv 1810.06801", ""),
-    "RAdam": ("radam", "adaptive", 2, False, "arXiv 1908.03265", "torch.optim has its own."),
-    "RangerQH": ("rangerqh", "adaptive", 3, True, "arXiv 1810.06801", ""),
-    "SGDP": ("sgdp", "sgd", 1, False, "arXiv 2006.08217", ""),
-    "SGDW": ("sgdw", "sgd", 0, False, "arXiv 1711.05101", ""),
-    "SWATS": ("swats", "adaptive", 2, False, "arXiv 1712.07628", ""),
-    "Shampoo": (
-        "shampoo",
-        "matrix",
-        None,
-        False,
-        "arXiv 1802.09568",
-        "A singular value decomposition each step: slow.",
-    ),
-    "Yogi": ("yogi", "adaptive", 2, False, "NeurIPS 2018", ""),
-}
-
-_BROKEN: dict[str, tuple[str, str, str]] = {
-    "A2GradUni": ("a2graduni", "arXiv 1810.00553", "has no learning rate: any scheduler fails on None"),
-    "A2GradInc": ("a2gradinc", "arXiv 1810.00553", "has no learning rate: any scheduler fails on None"),
-    "A2GradExp": ("a2gradexp", "arXiv 1810.00553", "has no learning rate: any scheduler fails on None"),
-    "AdaBound": ("adabound", "arXiv 1902.09843", _GROUP),
-    "Adafactor": ("adafactor", "arXiv 1804.04235", "fails on four-dimensional weights; torch.optim has its own"),
-    "Lookahead": (
-        "lookahead",
-        "arXiv 1907.08610",
-        "never initialises torch's Optimizer: state_dict, schedulers and closures raise AttributeError",
-    ),
-    "Ranger": ("ranger", "arXiv 1907.08610", "ignores the closure: it is never called and step returns None"),
-    "RangerVA": ("rangerva", "arXiv 1908.00700", "ignores the closure: it is never called and step returns None"),
-}
+        paper=paper,
+        licence=_LICENCE,
+        available=False,
+        reason=reason,
+    )
 
 
-def _entry(cls: str, name: str, family: str, **kw: object) -> Entry:
-    return Entry(f"torch-optimizer/{name}", f"torch_optimizer:{cls}", family, licence="Apache-2.0", **kw)  # type: ignore[arg-type]
-
-
+# name, class, family, numbers of state a parameter, learning rate, paper, facts
 register(
-    *(
-        _entry(
-            cls,
-            name,
-            family,
-            memory=memory,
-            holds_parameters_copy=copy,
-            paper=paper,
-            remarks=remarks,
-            search={"lr": _LR},
-        )
-        for cls, (name, family, memory, copy, paper, remarks) in _WORKING.items()
+    _row(
+        "a2graduni",
+        "A2GradUni",
+        "sgd",
+        2,
+        None,
+        "arXiv 1810.00553",
+        schedulable=False,
+        search=_LIPS,
+        holds_parameters_copy=True,
     ),
-    _entry(
-        "Adahessian",
+    _row(
+        "a2gradinc",
+        "A2GradInc",
+        "sgd",
+        2,
+        None,
+        "arXiv 1810.00553",
+        schedulable=False,
+        search=_LIPS,
+        holds_parameters_copy=True,
+    ),
+    _row(
+        "a2gradexp",
+        "A2GradExp",
+        "sgd",
+        2,
+        None,
+        "arXiv 1810.00553",
+        schedulable=False,
+        search=_LIPS,
+        holds_parameters_copy=True,
+    ),
+    _row("accsgd", "AccSGD", "sgd", 1, 0.1, "arXiv 1704.08227", holds_parameters_copy=True, schedulable=False),
+    _row("adabelief", "AdaBelief", "adaptive", 2, 0.01, "arXiv 2010.07468"),
+    _row("adabound", "AdaBound", "adaptive", 2, 0.01, "arXiv 1902.09843", adapted=True),
+    _no("adafactor", "Adafactor", "arXiv 1804.04235", "fails on four-dimensional weights; torch.optim has its own"),
+    _row(
         "adahessian",
+        "Adahessian",
         "curvature",
-        memory=2,
+        2,
+        0.15,
+        "arXiv 2006.00719",
         needs_create_graph=True,
         products_per_step=1.0,
-        paper="arXiv 2006.00719",
-        search={"lr": Range(1e-3, 1.0)},
         remarks="Fails on three-dimensional weights; seed= reseeds torch's global generator.",
     ),
-    *(
-        _entry(cls, name, "adaptive", paper=paper, available=False, reason=reason)
-        for cls, (name, paper, reason) in _BROKEN.items()
+    _row("adamod", "AdaMod", "adaptive", 3, 0.3, "arXiv 1910.12249"),
+    _row("adamp", "AdamP", "adaptive", 2, 0.01, "arXiv 2006.08217"),
+    _row("aggmo", "AggMo", "sgd", 3, 0.1, "arXiv 1804.00325"),
+    _row("apollo", "Apollo", "adaptive", 3, 0.1, "arXiv 2009.13586"),
+    _row("diffgrad", "DiffGrad", "adaptive", 3, 0.1, "arXiv 1909.11015"),
+    _row("lamb", "Lamb", "adaptive", 2, 0.1, "arXiv 1904.00962"),
+    _row("lars", "LARS", "sgd", 0, 0.1, "arXiv 1708.03888"),
+    _no(
+        "lookahead",
+        "Lookahead",
+        "arXiv 1907.08610",
+        "never initialises torch's Optimizer: state_dict, schedulers and closures raise AttributeError; pytorch_optimizer has one that works",
     ),
+    _row(
+        "madgrad",
+        "MADGRAD",
+        "adaptive",
+        3,
+        0.01,
+        "arXiv 2101.11075",
+        adapted=True,
+        holds_parameters_copy=True,
+        schedulable=False,
+    ),
+    _row("novograd", "NovoGrad", "adaptive", 1, 0.01, "arXiv 1905.11286"),
+    _row("pid", "PID", "sgd", 0, 0.1, "CVPR 2018"),
+    _row("qhadam", "QHAdam", "adaptive", 2, 0.01, "arXiv 1810.06801"),
+    _row("qhm", "QHM", "sgd", 1, 0.1, "arXiv 1810.06801"),
+    _row("radam", "RAdam", "adaptive", 2, 0.1, "arXiv 1908.03265", adapted=True),
+    _row(
+        "ranger",
+        "Ranger",
+        "averaging",
+        3,
+        0.1,
+        "arXiv 1907.08610",
+        adapted=True,
+        holds_parameters_copy=True,
+        remarks=_LOOKAHEAD,
+    ),
+    _row(
+        "rangerqh", "RangerQH", "averaging", 3, 0.1, "arXiv 1810.06801", holds_parameters_copy=True, remarks=_LOOKAHEAD
+    ),
+    _row(
+        "rangerva",
+        "RangerVA",
+        "averaging",
+        4,
+        0.1,
+        "arXiv 1908.00700",
+        adapted=True,
+        holds_parameters_copy=True,
+        remarks=_LOOKAHEAD,
+    ),
+    _row("sgdp", "SGDP", "sgd", 1, 0.1, "arXiv 2006.08217"),
+    _row("sgdw", "SGDW", "sgd", 0, 0.1, "arXiv 1711.05101"),
+    _row(
+        "shampoo",
+        "Shampoo",
+        "matrix",
+        None,
+        0.05,
+        "arXiv 1802.09568",
+        remarks="A singular value decomposition each step: slow.",
+    ),
+    _row("swats", "SWATS", "adaptive", 2, 0.03, "arXiv 1712.07628"),
+    _row("yogi", "Yogi", "adaptive", 2, 0.01, "NeurIPS 2018"),
 )
