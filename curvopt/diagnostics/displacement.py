@@ -228,7 +228,8 @@ class Displacement:
 
     def _overlap(self, i: int, j: int) -> float:
         with exact_arithmetic(torch.device("cpu")):
-            cross = (self._rows[i].float() @ self._rows[j].float().T).double()
+            wide = torch.promote_types(self.dtype, torch.float32)
+            cross = (self._rows[i].to(wide) @ self._rows[j].to(wide).T).double()
         return float(cross.square().sum()) / len(self._rows[i])
 
     def two_time(self, waiting: Sequence[int] | None = None, lags: Iterable[int] | None = None) -> TwoTime:

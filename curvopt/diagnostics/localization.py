@@ -133,9 +133,14 @@ class NullIPR:
     samples: Tensor | None = None
 
 
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size must be at least 1 parameter, got {size}")
+
+
 def haar_ipr(size: int) -> NullIPR:
     """IPR of a direction drawn uniformly in R^P: mean ``3/(P + 2)``, exact variance from the sphere's eighth moments."""
-    check_rank(1, size)
+    _check_size(size)
     mean = 3 / (size + 2)
     second = (9 * size + 96) / ((size + 2) * (size + 4) * (size + 6))
     return NullIPR("haar", mean, math.sqrt(max(second - mean**2, 0.0)))
@@ -143,7 +148,7 @@ def haar_ipr(size: int) -> NullIPR:
 
 def gaussian_ipr(size: int) -> NullIPR:
     """``sum_j v_j^4`` for independent entries N(0, 1/P), not scaled to unit length: mean 3/P, variance 96/P^3."""
-    check_rank(1, size)
+    _check_size(size)
     return NullIPR("gaussian", 3 / size, math.sqrt(96 / size**3))
 
 
