@@ -331,7 +331,10 @@ class DominantSubspace:
         if failed and (cold or not self._cap_warned):
             self._cap_warned = self._cap_warned or not cold
             notices.unconverged(self.tol, self.reason, cold)
-        if not (self._gap_warned or self.adaptive or self.layout == "layer" or self.live < self.rank):
+        # Values of a cold chain that was cut off are too low to tell a gap; the refresh that follows tells.
+        if not (
+            self._gap_warned or self.adaptive or self.layout == "layer" or self.live < self.rank or (failed and cold)
+        ):
             self._gap_warned = self.gap < notices.NO_GAP
             if self._gap_warned:
                 notices.no_gap(self._values[0], self.gap)
