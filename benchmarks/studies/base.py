@@ -159,7 +159,7 @@ class Study(ABC):
         """What ``Lab.advance`` counts up to, for the bar."""
         return int(getattr(self.settings, "steps", 1))
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most settings need no check of their own
         """Refuse settings that can't be run, before any work.
 
         Raises:

@@ -39,7 +39,7 @@ class Claim:
     def null_text(self) -> str:
         """Words of the null model, and its values."""
         measured = spread_text(self.nulls) if any(not math.isnan(v) for v in self.nulls) else ""
-        return ": ".join(t for t in (self.spec.null, measured) if t) or "-"
+        return ": ".join(t for t in (self.spec.baseline, measured) if t) or "-"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,8 +53,8 @@ class Claim:
             "at_most": self.spec.at_most,
             "values": list(self.values),
             "median": median(self.values),
-            "null_model": self.spec.null,
-            "nulls": list(self.nulls),
+            "baseline": self.spec.baseline,
+            "baseline_values": list(self.nulls),
             "verdict": self.verdict,
             "reason": self.reason,
             "note": self.spec.note,

@@ -31,7 +31,7 @@ class ClaimSpec:
         metric: a key of ``Study.metrics``.
         at_least, at_most: the threshold; both together are a range.
         source: who claims it.
-        null: what the null model or baseline is, in words; its values come with the metric.
+        baseline: what the null model or baseline is, in words; its values come with the metric.
         sizes: where it can be decided; elsewhere it is listed as not run.
         note: what a reader of the verdict must know, an expected failure for one.
     """
@@ -42,7 +42,7 @@ class ClaimSpec:
     at_least: float | None = None
     at_most: float | None = None
     source: str = ""
-    null: str = ""
+    baseline: str = ""
     sizes: list[str] = field(default_factory=lambda: list(SIZES))
     note: str = ""
 
