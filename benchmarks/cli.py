@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | bench | tune | report | perf | fetch | list."""
+"""The command line: python -m benchmarks run | bench | tune | report | study | perf | fetch | list."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   python -m benchmarks run mnist5k_mlp sgd optimizer.lr=0.2 steps=500 seed=3
   python -m benchmarks bench                                        the comparison: table, plots, logs
   python -m benchmarks tune digits_mlp adamw                        bracket the best learning rate
+  python -m benchmarks study sharp-flat                             a paper's claims re-run: table, figures
   python -m benchmarks fetch mnist                                  bring a data set into the user's cache
 
 The same command goes on where an interrupted one stopped, bit for bit. Data are looked for in the folder that
@@ -80,6 +81,23 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="a folder with runs of one task below it")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER)")
     report.add_argument("--target", type=float, help="train loss that counts as solved (default: the task's)")
+
+    study = commands.add_parser("study", help="re-run what a paper claims: claims table, figures, logs")
+    study.add_argument("name", help="a file in configs/study, or all")
+    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the study's settings")
+    study.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    size = study.add_mutually_exclusive_group()
+    size.add_argument(
+        "--small", dest="size", action="store_const", const="small", help="minutes on two cores (default)"
+    )
+    size.add_argument(
+        "--paper", dest="size", action="store_const", const="paper", help="the full set-up, CUDA if there"
+    )
+    study.set_defaults(size="small")
+    study.add_argument("--out", type=Path, default=Path("runs/studies"), help="parent of its folder")
+    study.add_argument("--page", type=Path, metavar="FILE", help="write the claims tables to a page, figures beside it")
+    study.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: as the environment says")
+    study.add_argument("--fresh", action="store_true", help="delete earlier results and start over")
 
     perf = commands.add_parser("perf", help="what curvature costs, beside the peers, in units of one gradient")
     perf.add_argument("rows", nargs="*", metavar="ROW", help="hessian_product cold_top_ten ... (default: all)")
@@ -204,6 +222,35 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _study(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.studies.claims import markdown
+    from benchmarks.studies.config import load_study, study_names
+    from benchmarks.studies.report import publish
+    from benchmarks.studies.run import perform
+
+    names = study_names() if options.name == "all" else [options.name]
+    configs = [load_study(n, options.size, options.seeds, options.overrides) for n in names]  # all errors come first
+    reports = []
+    for config in configs:
+        console.print(f"Study {config.name} ({config.size}): {config.folder(options.out)}", soft_wrap=True)
+        command = f"python -m benchmarks study {config.name} --{config.size} --seeds {len(config.seeds)}"
+        with RunProgress() as progress:
+            report = perform(
+                config,
+                options.out,
+                progress,
+                progress.print,
+                fresh=options.fresh,
+                wandb=options.wandb,
+                command=" ".join((command, *config.overrides)),
+            )
+        console.print(markdown(report.claims), soft_wrap=True, highlight=False)
+        reports.append(report)
+    if options.page is not None:
+        console.print(f"Page: {publish(reports, options.page)}", soft_wrap=True)
+    return 0
+
+
 def _perf(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.perf.run import DEFAULT_OUT, perform
 
@@ -234,6 +281,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     console.print(f"tasks: {', '.join(available('task'))}", soft_wrap=True)
     console.print(f"optimizers (files): {', '.join(available('optimizer'))}", soft_wrap=True)
+    console.print(f"studies: {', '.join(available('study'))}", soft_wrap=True)
     console.print(
         f"zoo: {', '.join(zoo.names())}; bulk+NAME, dom+NAME and scaled+NAME wrap any of them", soft_wrap=True
     )
@@ -247,6 +295,7 @@ _COMMANDS = {
     "bench": _bench,
     "tune": _tune,
     "report": _report,
+    "study": _study,
     "perf": _perf,
     "fetch": _fetch,
     "list": _list,

@@ -61,7 +61,7 @@ class ClaimSpec:
 
 @dataclass
 class StudyFile:
-    """``configs/study/NAME.yaml``: what all studies have; later wins: settings, sizes, on (by data set), overrides."""
+    """``configs/study/NAME.yaml``: what all studies have; later wins: settings, sizes, per_data (by data set), overrides."""
 
     title: str = ""
     paper: str = ""
@@ -69,7 +69,7 @@ class StudyFile:
     data: list[str] = field(default_factory=lambda: ["mnist", "digits"])
     settings: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
-    on: dict[str, Any] = field(default_factory=dict)
+    per_data: dict[str, Any] = field(default_factory=dict)
     claims: list[ClaimSpec] = field(default_factory=list)
 
 
@@ -140,7 +140,7 @@ def load_study(
             f"study {name} needs one of {', '.join(file.data)}: python -m benchmarks fetch {file.data[0]}"
         )
     cls = known[name]
-    layers = [file.settings, file.sizes.get(size) or {}, file.on.get(dataset) or {}]
+    layers = [file.settings, file.sizes.get(size) or {}, file.per_data.get(dataset) or {}]
     settings = _settings(cls, layers, overrides, where)
     study = cls(settings, dataset)
     study.check()
