@@ -22,7 +22,7 @@ def _operator(kind: type, model: nn.Module, loss_fn: nn.Module, batch: tuple[Ten
             list(model.parameters()),
             [batch],
             check_deterministic=checked,
-            num_data=len(batch[1]),
+            num_data=len(batch[0]),
             batch_size_fn=len,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from curvopt._errors import NondeterministicClosureError, NonFiniteError
 from curvopt._params import ParameterLayout
+from curvopt.curvature.cost import Cost
 from curvopt.curvature.differences import difference_product, scale_of, truncation_error
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.quiet import forked_rng, gradient_hooks_suspended, mixed_seed, refuse_inference_mode
@@ -120,6 +122,20 @@ class ClosureHessian(SymmetricOperator):
             self._holds -= 1
             if self._holds == 0:
                 self._base = None
+
+    def cost(self, products: int = 1, *, dry_run: bool = False) -> Cost:
+        """What ``products`` products take in calls of the closure, which are the gradients here.
+
+        Nothing is timed, because every call of a closure is one that a user can count: ``.seconds`` is NaN. The first
+        product of a generation calls once more, to see that the closure repeats itself.
+
+        Args:
+            products: how many.
+            dry_run: makes no difference.
+        """
+        vector = self.shape[0] * self.dtype.itemsize
+        setup, each = (2.0, 1.0) if self.scheme == "forward" else (1.0, 2.0)
+        return Cost(products, setup, each, math.nan, 0, vector, "counted")
 
     # ---- calls
     def _call(self) -> tuple[float, Tensor]:

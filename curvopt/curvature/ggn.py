@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from curvopt._errors import CurvatureError, CurvatureModeWarning, DoubleBackwardError, NonFiniteError
 from curvopt.curvature.check import micro_batch
+from curvopt.curvature.cost import Cost, counted
 from curvopt.curvature.data import Batch, place, tensors_in
 from curvopt.curvature.graphs import GraphCache, measured_bytes
 from curvopt.curvature.hessian import METHODS, ProblemOperator
@@ -135,6 +136,9 @@ class JacobianOperator(ProblemOperator):
             name: self._twin(self.problem.restricted(params)) for name, params in group_by_layer(self.layout).items()
         }
 
+    def _dry_cost(self) -> Cost:
+        return counted(self.problem, gauss_newton=True)
+
     # ---- one batch
     def _probe(self) -> None:
         batches = first_examples(self.problem)
@@ -167,7 +171,7 @@ class JacobianOperator(ProblemOperator):
     # ---- products
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
-        centre = torch.zeros_like(rows[:1])
+        centre: Tensor | None = None
         with self.hold():
             for factor in self._cache.each():
                 for row, target in zip(rows, out, strict=True):
@@ -176,9 +180,9 @@ class JacobianOperator(ProblemOperator):
                     for piece, part in zip(self.layout.views(target), parts, strict=True):
                         if part is not None:
                             piece.add_(part)
-                if factor.offset is not None and len(rows):
-                    centre += factor.offset
-        return out - (rows @ centre.T) @ centre
+                if factor.offset is not None:
+                    centre = factor.offset.clone() if centre is None else centre.add_(factor.offset)
+        return out if centre is None else out - torch.outer(rows @ centre, centre)
 
     def _columns(self, vectors: Tensor) -> Tensor:
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[0] != self.shape[0]:
@@ -195,15 +199,15 @@ class JacobianOperator(ProblemOperator):
         """
         rows = self._columns(vectors)
         out = rows.new_zeros(rows.shape[0])
-        centre = rows.new_zeros(self.shape[0])
+        centre: Tensor | None = None
         with self.hold():
             for factor in self._cache.each():
                 for i, row in enumerate(rows):
                     tangent = factor.jacobian.push(self.layout.views(row.contiguous()))
                     out[i] += _dot(tangent, factor.middle(tangent))
                 if factor.offset is not None:
-                    centre += factor.offset
-        return out - (rows @ centre).square()
+                    centre = factor.offset.clone() if centre is None else centre.add_(factor.offset)
+        return out if centre is None else out - (rows @ centre).square()
 
     def gram(self, vectors: Tensor) -> Tensor:
         """``V^T A V`` (m, m) for the columns V of a (P, m) tensor, by m times J v."""

@@ -149,19 +149,9 @@ class GraphCache(Generic[Kept]):
         self._bytes = 0
         self._point = None
 
-    def _here(self) -> tuple[object, ...]:
-        leaves = self.problem.leaves
-        return (
-            self.problem.version,
-            tuple(id(p) for p in leaves),
-            tuple(p._version for p in leaves),
-            tuple(p.data_ptr() for p in leaves),
-            tuple(p.requires_grad for p in leaves),
-        )
-
     def each(self) -> Iterator[Kept]:
         """The graph of every batch: kept ones as they are, others built, and kept while the budget lasts."""
-        here = self._here()
+        here = self.problem.point
         if here != self._point:
             self.clear()
             self._point = here

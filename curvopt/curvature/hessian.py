@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from curvopt._errors import CurvatureModeWarning, DoubleBackwardError
 from curvopt._params import ParameterLayout
 from curvopt.curvature.check import Probe, probe_double_backward
+from curvopt.curvature.cost import Cost, counted, fitted
+from curvopt.curvature.data import tensors_in
 from curvopt.curvature.differences import difference_product, scale_of, truncation_error
 from curvopt.curvature.graphs import GradientGraph, GraphCache
 from curvopt.curvature.layers import group_by_layer
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="ProblemOperator")
 METHODS = ("auto", "double_backward", "finite_difference")
+SCHEMES = ("central", "forward")
 
 
 class ProblemOperator(SymmetricOperator):
@@ -41,6 +45,7 @@ class ProblemOperator(SymmetricOperator):
         layout = problem.layout
         super().__init__(layout.total, layout.dtype, layout.device, layout)
         self.problem = problem
+        self._fit: tuple[object, Cost] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +88,41 @@ class ProblemOperator(SymmetricOperator):
         """Its gradient, (P,)."""
         return self.problem.gradient()
 
+    def cost(self, products: int = 1, *, dry_run: bool = False) -> Cost:
+        """What ``products`` products and their set-up take, before they are asked for.
+
+        Args:
+            products: how many, the set-up shared.
+            dry_run: count multiplications and bytes on the meta device, allocate and compute nothing; ``.seconds`` is
+                then NaN. Otherwise a gradient and two products are timed, once for each shape of the data, and
+                left out of ``matvecs``.
+
+        Raises:
+            ValueError: a negative number of products.
+        """
+        if products < 0:
+            raise ValueError(f"products must be at least 0, got {products}")
+        beforehand = self._dry_cost()
+        if dry_run:
+            return beforehand.of(products)
+        form = (self.device, *(t.shape for b in self.problem.batches for t in tensors_in(b.raw)))
+        if self._fit is None or self._fit[0] != form:
+            row = torch.ones(1, self.shape[0], dtype=self.dtype, device=self.device) / self.shape[0] ** 0.5
+            found = fitted(
+                self.problem.gradient,
+                lambda: self._multiply(row),
+                self.hold,
+                self.device,
+                beforehand.graph_bytes,
+                beforehand.vector_bytes,
+            )
+            self._fit = (form, found)
+        return self._fit[1].of(products)
+
+    def _dry_cost(self) -> Cost:
+        """One product's cost without computing anything."""
+        return counted(self.problem)
+
     def suggested_rank(self) -> tuple[int, str] | None:
         """``(k, reason)`` where the spectrum's gap is expected, or None where loss and outputs don't tell."""
         return suggested_rank(self.problem)
@@ -106,9 +146,11 @@ class Hessian(ProblemOperator):
         forward: ``forward(model, batch)`` where a batch is not (inputs, targets).
         reduction: "mean", "sum", or None to read ``loss_fn.reduction``.
         weight: maps a batch to what its mean loss divides by.
-        method: "double_backward", "finite_difference" (central differences of gradients: no second derivative
-            needed, right to 1e-5 .. 1e-3 in float32 on smooth networks), or "auto": the first unless the probe speaks
-            against it.
+        method: "double_backward", "finite_difference" (differences of gradients: no second derivative and no kept
+            graph needed, for smooth networks only), or "auto": the first unless the probe speaks against it.
+        scheme: of the differences. "central" is two gradients a product, right to 1e-5 .. 1e-3 in float32;
+            "forward" is one, and one for all products inside ``hold()``, right to 1e-3 .. 1e-2: enough for the warm
+            refresh of a basis, too rough for residuals below that.
         mode: "train", "eval", or None for the model's own.
         seed: of dropout masks and reading order; None is 0.
         check: run the probe.
@@ -120,6 +162,7 @@ class Hessian(ProblemOperator):
     Attributes:
         problem: model, loss and data as a function.
         method: what is used, "double_backward" or "finite_difference".
+        scheme: "central" or "forward", of differences.
         probe: what the probe found, or None.
 
     Raises:
@@ -141,6 +184,7 @@ class Hessian(ProblemOperator):
         reduction: str | None = None,
         weight: Callable[[Any], Any] | None = None,
         method: str = "auto",
+        scheme: str = "central",
         mode: str | None = None,
         seed: int | None = None,
         check: bool = True,
@@ -160,7 +204,7 @@ class Hessian(ProblemOperator):
             seed=seed,
             data_budget=data_budget,
         )
-        self._setup(problem, method, check, route, graph_budget)
+        self._setup(problem, method, check, route, graph_budget, scheme)
 
     @classmethod
     def from_problem(
@@ -171,16 +215,23 @@ class Hessian(ProblemOperator):
         check: bool = True,
         route: str | None = None,
         graph_budget: int = 2**31,
+        scheme: str = "central",
     ) -> Hessian:
         """The Hessian of a ``Problem``, which stays shared with whoever else uses it."""
         op = object.__new__(cls)
-        op._setup(problem, method, check, route, graph_budget)
+        op._setup(problem, method, check, route, graph_budget, scheme)
         return op
 
-    def _setup(self, problem: Problem, method: str, check: bool, route: str | None, graph_budget: int) -> None:
+    def _setup(
+        self, problem: Problem, method: str, check: bool, route: str | None, graph_budget: int, scheme: str
+    ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme must be 'central' or 'forward', got {scheme!r}")
         super().__init__(problem)
+        self.scheme = scheme
+        self._base: tuple[object, Tensor] | None = None
         self._route = Route(route)
         self._graphs: GraphCache[GradientGraph] = GraphCache(problem, graph_budget)
         self._holds = 0
@@ -237,30 +288,26 @@ class Hessian(ProblemOperator):
             self._holds -= 1
             if self._holds == 0:
                 self._graphs.clear()
-                self._displaced = None
+                self._displaced = self._base = None
 
     # ---- products
     def _multiply(self, rows: Tensor) -> Tensor:
         with self.hold():
             if self.method == "finite_difference":
                 return torch.stack([self._difference(row) for row in rows]) if len(rows) else rows.clone()
-            return self._route.run(rows, self._one, self._many, self._width)
+            return self._route.run(rows, self._one, self._many, self._width, lambda: self.graph_bytes)
 
-    def _one(self, row: Tensor) -> Tensor:
-        out = torch.zeros_like(row)
+    def _one(self, row: Tensor, out: Tensor) -> None:
         vectors = self.layout.views(row)
         for graph in self._graphs.each():
             graph.multiply(out, vectors, batched=False)
-        return out
 
-    def _many(self, rows: Tensor) -> Tensor:
-        out = torch.zeros_like(rows)
+    def _many(self, rows: Tensor, out: Tensor) -> None:
         vectors = [
             block.reshape(-1, *shape) for block, shape in zip(self.layout.blocks(rows), self.layout.shapes, strict=True)
         ]
         for graph in self._graphs.each():
             graph.multiply(out, vectors, batched=True)
-        return out
 
     def _width(self) -> int:
         """Columns of a batched pass: five columns' work space is taken for ten graphs' bytes, and must fit."""
@@ -276,17 +323,35 @@ class Hessian(ProblemOperator):
         with self.problem.substituted(self._displaced):
             return self.problem.gradient()
 
+    def _base_gradient(self) -> Tensor:
+        """The gradient at the parameters themselves, kept inside ``hold()`` until they or the data change."""
+        here = self.problem.point
+        if self._base is None or self._base[0] != here:
+            self._base = (here, self._gradient_at(torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)))
+        return self._base[1]
+
     def _difference(self, row: Tensor, factor: float = 1.0) -> Tensor:
         params = self.layout.params
-        return difference_product(self._gradient_at, row, scale_of(params), params[0].dtype, factor=factor)
+        base = self._base_gradient() if self.scheme == "forward" else None
+        return difference_product(
+            self._gradient_at, row, scale_of(params), params[0].dtype, self.scheme, factor, base=base
+        )
 
     def error_estimate(self, vector: Tensor) -> float:
-        """Relative error of a finite-difference product, from the steps h and 2h; four gradients."""
+        """Relative error of a finite-difference product, from the steps h and 2h; four gradients (forward: three)."""
         if self.method != "finite_difference":
             raise ValueError("error_estimate is for method='finite_difference'; double backward is exact to rounding")
         self._check(vector)
         with self.hold():
-            return truncation_error(lambda factor: self._difference(vector, factor))
+            return truncation_error(lambda factor: self._difference(vector, factor), self.scheme)
+
+    def _dry_cost(self) -> Cost:
+        found = counted(self.problem)
+        if self.method == "double_backward":
+            return found
+        # gradients at displaced weights, at the weights themselves once for "forward"; a copy of the weights each
+        setup, each = (1.0, 1.0) if self.scheme == "forward" else (0.0, 2.0)
+        return replace(found, setup_gradients=setup, product_gradients=each, graph_bytes=0, source="counted")
 
     # ---- relatives
     def ggn(self) -> GGN:
@@ -306,4 +371,6 @@ class Hessian(ProblemOperator):
         }
 
     def _twin(self, problem: Problem) -> Hessian:
-        return Hessian.from_problem(problem, self.method, check=False, route=self.route, graph_budget=self.graph_budget)
+        return Hessian.from_problem(
+            problem, self.method, check=False, route=self.route, graph_budget=self.graph_budget, scheme=self.scheme
+        )

@@ -154,6 +154,18 @@ class Problem:
         """Grows whenever the function changes (batch, seed, generation): what was kept for an older one is void."""
         return self._store.version
 
+    @property
+    def point(self) -> tuple[object, ...]:
+        """Function and parameter values, to tell whether what was kept at another moment still holds."""
+        leaves = self.leaves
+        return (
+            self.version,
+            tuple(id(p) for p in leaves),
+            tuple(p._version for p in leaves),
+            tuple(p.data_ptr() for p in leaves),
+            tuple(p.requires_grad for p in leaves),
+        )
+
     def renew(self, generation: int) -> None:
         """Go to a generation: loaders and callables are read anew at the next use, masks drawn anew."""
         if generation != self._store.generation:

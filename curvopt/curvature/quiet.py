@@ -152,7 +152,8 @@ def swapped_buffers(buffers: Buffers) -> Iterator[None]:
 
 
 @contextmanager
-def _tensor_attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def tensor_attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take off modules the tensors that the block sets as attributes, and put back those that it replaces."""
     before = [{k: v for k, v in vars(module).items() if isinstance(v, Tensor)} for module in modules]
     try:
         yield
@@ -182,7 +183,8 @@ def _renorm_put_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _modes(model: nn.Module, modules: Sequence[nn.Module], mode: str | None) -> Iterator[None]:
+def modes(model: nn.Module, modules: Sequence[nn.Module], mode: str | None) -> Iterator[None]:
+    """Put the model into "train" or "eval" (None: leave it) for the block; each module's own flag comes back."""
     flags = [module.training for module in modules]
     try:
         if mode is not None:
@@ -266,9 +268,9 @@ def quiet_forward(
     with ExitStack() as stack:
         stack.enter_context(forked_rng(device, seed))
         stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(_modes(model, modules, mode))
+        stack.enter_context(modes(model, modules, mode))
         stack.enter_context(swapped_buffers(buffers))
-        stack.enter_context(_tensor_attributes_kept(modules))
+        stack.enter_context(tensor_attributes_kept(modules))
         stack.enter_context(_renorm_put_aside(modules))
         stack.enter_context(_module_hooks_suspended(modules))
         stack.enter_context(gradient_hooks_suspended(params))

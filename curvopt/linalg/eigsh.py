@@ -62,8 +62,8 @@ def eigsh(
         guard: products for a look, ``"full"``, or 0 for none.
         extra: further Ritz pairs to return, as estimates; fewer come back if the basis holds no more.
         seed: of every random direction; the same seed on the same device gives the same bits.
-        max_basis: vectors in the basis before a restart, at least ``k + extra + 9``; ``2 (k + extra) + 20`` by
-            default, P if that is less.
+        max_basis: vectors in the basis before a restart, at least ``k + extra + 9``; by default
+            ``2 (k + extra) + 20``, or fewer where ``max_matvecs`` or P allow no more.
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
@@ -84,7 +84,8 @@ def eigsh(
     if max_matvecs is None:
         max_matvecs = max(20 * k + 100, min(size, 1000) + k)
     if max_basis is None:
-        max_basis = 2 * (k + extra) + 20
+        # rows and products grow together: a cap on products is one on rows
+        max_basis = max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2))
     plan = _Plan(k, which, max(tol, 50 * torch.finfo(op.dtype).eps), max_matvecs, guard, min(extra, size - k))
     with op.hold():
         return _Solver(op, plan, min(max_basis, size) + 1, seed).solve(start)

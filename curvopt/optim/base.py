@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvopt.curvature.operator import SymmetricOperator
+from curvopt.optim.cost import OptimizerCost, cost_of
 from curvopt.optim.engine import SubspaceEngine
 from curvopt.optim.saving import SAVED
 from curvopt.subspace.dominant import DominantSubspace
@@ -48,6 +49,19 @@ class SubspaceOptimizer:
             ValueError: rank is 0, or ``curvature="closure"`` and no closure is given.
         """
         self._engine.refresh(closure)
+
+    def cost(self, *, dry_run: bool = False) -> OptimizerCost:
+        """What refreshes, steps and memory will take, before they do; see ``OptimizerCost``.
+
+        Args:
+            dry_run: count multiplications and bytes, allocate and compute nothing; seconds are then NaN. Otherwise
+                some ten gradients of the curvature data are timed (once; a closure is never called for this), and
+                one projection.
+
+        Raises:
+            ValueError: rank is 0.
+        """
+        return cost_of(self._engine, dry_run)
 
     def stats(self) -> dict[str, float]:
         """Products, refreshes, seconds and their share of the step time so far.

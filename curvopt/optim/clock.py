@@ -36,6 +36,11 @@ class StepClock:
         return {**self.__dict__, "_last_end": None}
 
     @property
+    def plain_step(self) -> float:
+        """Median seconds of the first steps without a refresh; NaN before they are over."""
+        return median(self._steps) if len(self._steps) == _TIMED_STEPS else math.nan
+
+    @property
     def total(self) -> float:
         """Seconds of steps and refreshes together."""
         return self.step + self.refresh
@@ -74,7 +79,7 @@ class StepClock:
             if len(self._steps) < _TIMED_STEPS:
                 self._steps.append(seconds)
             if len(self._steps) == _TIMED_STEPS:
-                step = median(self._steps)
+                step = self.plain_step
                 if math.isnan(cost_ratio) and not math.isnan(self.product):
                     cost_ratio = self.product / step
                 self._look_at_projection(step, overhead)

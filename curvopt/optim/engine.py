@@ -192,11 +192,25 @@ class SubspaceEngine:
         finally:
             self.clock.note_refresh(time.perf_counter() - began, self.subspace.matvecs - spent)
         first = self.state.refreshes == 0
+        if first:
+            self._foresee(operator)
         self.state.age, self.state.failed = 0, False
         self.state.refreshes, self.state.overlap = self.subspace.refreshes, self.subspace.overlap
         if not first:
             self.policy.observe(self.state)
         self.export()
+
+    def _foresee(self, operator: SymmetricOperator) -> None:
+        """Take the cost model's figure for a product where it is the larger: ``"auto"`` must plan for warm refreshes.
+
+        They share their set-up among fewer products than the first refresh, which was timed, has.
+        """
+        model = getattr(operator, "cost", None)
+        if model is None or not isinstance(self.policy, Auto) or not math.isnan(self.state.cost_ratio):
+            return
+        assert self.subspace is not None
+        warm = model(self.subspace.rank + 1)
+        self.clock.product = max(self.clock.product, warm.seconds / warm.products)
 
     def _in_metric(self, operator: SymmetricOperator) -> SymmetricOperator:
         if self.source.from_closure and all(g.get("maximize") for g in self.groups()):

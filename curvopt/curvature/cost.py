@@ -1,0 +1,234 @@
+"""What curvature will take: products in gradients, seconds and bytes, before any of it is spent.
+
+Two ways to the figures. A **dry run** sends the model's shapes through the same code on the meta device, where tensors
+have a shape and no memory: multiplications of a gradient and of a product are counted and the bytes of the kept graph
+summed, nothing is allocated and nothing computed. A **fit** times one gradient, the set-up and one product (ten
+gradients or so, once for each batch shape) and gives seconds as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from curvopt.curvature.data import Batch, map_tensors
+from curvopt.curvature.graphs import measured_bytes
+from curvopt.curvature.jacobian import Outputs
+from curvopt.curvature.problem import Problem
+from curvopt.curvature.quiet import (
+    Buffers,
+    all_modules,
+    differentiable_kernels,
+    modes,
+    substituted,
+    swapped_buffers,
+    tensor_attributes_kept,
+)
+
+# Multiplications of a deep net: a gradient is 3 units (1 forward, 2 back), a Hessian product on a kept graph 6.
+_RULE = 2.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a number of products takes together with their set-up.
+
+    Attributes:
+        products: how many.
+        gradients: their cost in gradients of the curvature data, the set-up included.
+        setup_gradients, product_gradients: the set-up, and one product, in the same unit.
+        seconds: NaN where nothing was timed.
+        setup_seconds, product_seconds, gradient_seconds: likewise.
+        graph_bytes: what stays allocated between the products.
+        peak_bytes: the largest extra allocation during them, estimated as twice the graph and four vectors.
+        source: "timed", "counted" (multiplications of a dry run) or "rule" (the net refused the dry run: 6 units a
+            product against 3 a gradient, no bytes).
+    """
+
+    products: int
+    setup_gradients: float
+    product_gradients: float
+    gradient_seconds: float
+    graph_bytes: int
+    vector_bytes: int
+    source: str
+
+    @property
+    def gradients(self) -> float:
+        """Everything, in gradients."""
+        return self.setup_gradients + self.products * self.product_gradients
+
+    @property
+    def setup_seconds(self) -> float:
+        """Before the first product."""
+        return self.setup_gradients * self.gradient_seconds
+
+    @property
+    def product_seconds(self) -> float:
+        """One product more."""
+        return self.product_gradients * self.gradient_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Everything, in seconds; NaN where nothing was timed."""
+        return self.gradients * self.gradient_seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest extra allocation while products run."""
+        return 2 * self.graph_bytes + 4 * self.vector_bytes
+
+    def of(self, products: int) -> Cost:
+        """The same for another number of products."""
+        return replace(self, products=int(products))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def fitted(
+    gradient: Callable[[], Any],
+    product: Callable[[], Any],
+    hold: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+    graph_bytes: int,
+    vector_bytes: int,
+) -> Cost:
+    """Cost of one product, from timing a gradient and two products.
+
+    Args:
+        gradient: one gradient of the curvature data.
+        product: one product; its first call inside ``hold()`` does the set-up too.
+        hold: the operator's.
+        device: where they run.
+        graph_bytes: what stays allocated between the products.
+        vector_bytes: of one vector (P,).
+    """
+    with hold():  # first calls of anything take longer
+        gradient()
+        product()
+    unit = timed(gradient, device)
+    with hold():
+        first, second = timed(product, device), timed(product, device)
+    return Cost(1, max(first - second, 0.0) / unit, second / unit, unit, graph_bytes, vector_bytes, "timed")
+
+
+class _OnMeta:
+    """A problem's function at meta copies of its parameters, buffers and first batch."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.leaves = [
+            torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for p in problem.layout.params
+        ]
+        batch = problem.batches[0]
+        self.batch = Batch(map_tensors(batch.raw, lambda t: t.to("meta")), batch.number, batch.weight, batch.share)
+
+    def loss(self) -> Tensor:
+        """The loss, a meta tensor with a graph."""
+        with self._in_place():
+            return self.problem.call(self.batch)[1]
+
+    def outputs(self) -> Any:
+        """The model's outputs, meta tensors with a graph."""
+        with self._in_place():
+            return self.problem._outputs(self.batch)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Let the model see meta tensors for the block, whatever it assigns, and nothing of this world."""
+        problem = self.problem
+        mine = {id(p): leaf for p, leaf in zip(problem.layout.params, self.leaves, strict=True)}
+        others = [p for p in problem.model.parameters() if id(p) not in mine]
+        old = [*problem.layout.params, *others]
+        new = [*self.leaves, *(torch.empty_like(p, device="meta") for p in others)]
+        modules = all_modules((problem.model, problem.loss_fn))
+        buffers: Buffers = [
+            (m, {n: None if b is None else torch.empty_like(b, device="meta") for n, b in m._buffers.items()})
+            for m in modules
+        ]
+        with (
+            substituted((problem.model, problem.loss_fn), old, new),
+            swapped_buffers(buffers),
+            tensor_attributes_kept(modules),
+            modes(problem.model, modules, problem.mode),
+            differentiable_kernels(modules, torch.device("cpu")),
+        ):
+            yield
+
+
+def _flops(work: Callable[[], Any]) -> tuple[Any, int]:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        result = work()
+    return result, int(counter.get_total_flops())
+
+
+def counted(problem: Problem, gauss_newton: bool = False) -> Cost:
+    """Cost of a product by double backward from a dry run on the meta device; nothing is allocated.
+
+    Multiplications are those of matrix products and convolutions; elementwise work, which can be a third of a small
+    net's time, is left out of both sides of the ratio.
+
+    Args:
+        problem: model, loss and data; only the first batch's shapes are looked at.
+        gauss_newton: of a Gauss-Newton product (J v by a reverse pass of a reverse pass, then J^T), not a Hessian's.
+    """
+    vector = problem.layout.total * problem.layout.dtype.itemsize
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            found = _counted(_OnMeta(problem), gauss_newton)
+    except Exception:  # data-dependent shapes, host reads, kernels without a meta form: a net may refuse in any way
+        found = None
+    if found is None:
+        return Cost(1, 1.0, _RULE, math.nan, 0, vector, "rule")
+    setup, product, size = found
+    return Cost(1, setup, product, math.nan, size * len(problem.batches), vector, "counted")
+
+
+def _counted(meta: _OnMeta, gauss_newton: bool) -> tuple[float, float, int] | None:
+    """(set-up, product) in gradients, and the graph's bytes; None for a net without matrix products."""
+    live = [leaf for leaf in meta.leaves if leaf.requires_grad]
+    _, plain = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
+    if not plain:
+        return None
+    made: list[Any] = []
+
+    def record() -> Any:
+        if gauss_newton:
+            outputs = Outputs(meta.outputs()).tensors
+            dummies = [torch.empty_like(o, requires_grad=True) for o in outputs]
+            made.extend((outputs, dummies))
+            return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
+
+    (slopes, size), setup = _flops(lambda: measured_bytes(record, torch.device("cpu")))
+    used = [g for g in slopes if g is not None and g.requires_grad]
+    rows = [torch.empty_like(g) for g in used]
+
+    def product() -> None:
+        if gauss_newton:
+            outputs, dummies = made
+            torch.autograd.grad(used, dummies, rows, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(outputs, live, dummies, retain_graph=True, allow_unused=True)
+        else:
+            torch.autograd.grad(used, live, rows, retain_graph=True, allow_unused=True)
+
+    _, again = _flops(product)
+    return setup / plain, again / plain, size

@@ -1,0 +1,99 @@
+"""What an optimizer's refreshes and steps will take, before they are taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from curvopt.curvature.cost import Cost, timed
+from curvopt.optim import rules
+from curvopt.subspace.solve import Plan
+
+if TYPE_CHECKING:
+    from curvopt.optim.engine import SubspaceEngine
+
+# Guess where an operator tells nothing of itself: see curvature.cost.
+_UNKNOWN = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class OptimizerCost:
+    """Refreshes and steps of one of our optimizers.
+
+    Attributes:
+        first: products of the first refresh at most (``max_matvecs`` is the cap).
+        refresh: of the next refresh once there is a basis (the dearest way that it can go, most take fewer products).
+        step_seconds: a plain step with its gradient, as measured over the first ten; NaN before.
+        projection_seconds: of a step's projection onto the basis, timed; NaN in a dry run.
+        basis_bytes: what is kept between the steps: k + 1 vectors in ``basis_dtype``.
+        work_bytes: the largest extra allocation during a refresh: the solver's vectors and the operator's graph.
+        overhead: the share of the time that refreshes may take, None where the period is fixed.
+    """
+
+    first: Cost
+    refresh: Cost
+    step_seconds: float
+    projection_seconds: float
+    basis_bytes: int
+    work_bytes: int
+    overhead: float | None
+
+    @property
+    def steps_per_refresh(self) -> float:
+        """Steps that must lie between two refreshes for ``overhead``; NaN where it is not known."""
+        if self.overhead is None:
+            return math.nan
+        return self.refresh.seconds / (self.overhead * self.step_seconds)
+
+    @property
+    def projection_share(self) -> float:
+        """The projection's share of a step; NaN before ten steps were timed."""
+        return self.projection_seconds / self.step_seconds
+
+
+def _projection_seconds(engine: SubspaceEngine) -> float:
+    """Both passes over the basis, with the parameters themselves in the place of an update; nothing is changed."""
+    s = engine.subspace
+    assert s is not None
+    params = [p.detach() for p in s.parameters.params]
+
+    def passes() -> None:
+        c = rules.coefficients(s.blocks, params)
+        for p, block in zip(params, s.blocks, strict=True):
+            rules.add_combination_(torch.empty_like(p), block, c)
+
+    with torch.no_grad():
+        passes()
+        return timed(passes, s.parameters.device)
+
+
+def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
+    """``opt.cost()``; see ``SubspaceOptimizer.cost``."""
+    s = engine.subspace
+    if s is None:
+        raise ValueError("rank=0 has no subspace, so there is no refresh and no projection to cost anything")
+    operator = engine.source.operator
+    vector = s.parameters.total * s.parameters.dtype.itemsize
+    known = getattr(operator, "cost", None)
+    base = Cost(1, *_UNKNOWN, math.nan, 0, vector, "rule") if known is None else known(dry_run=dry_run)
+    if engine.history is not None:
+        base, first, later = Cost(0, 0.0, 0.0, 0.0, 0, vector, "counted"), 0, 0
+    else:
+        layers = len(s.groups)
+        first = s.max_matvecs * layers
+        warm = Plan(s.rank, s.tol, s.max_matvecs, 0).warm_matvecs
+        later = s.planned_matvecs if s.ready else layers * min(s.max_matvecs, s.rank + 1 + warm)
+    solver = min(2 * (s.rank + 1) + 20, s.parameters.total) + 1 + s.rank + 1
+    overhead = engine.config.overhead if engine.config.refresh_every == "auto" else None
+    return OptimizerCost(
+        first=base.of(first),
+        refresh=base.of(later),
+        step_seconds=engine.clock.plain_step,
+        projection_seconds=math.nan if dry_run else _projection_seconds(engine),
+        basis_bytes=sum(t.numel() * t.element_size() for t in (*s.blocks, *s.probes)),
+        work_bytes=solver * vector + base.peak_bytes,
+        overhead=overhead,
+    )

@@ -1,0 +1,112 @@
+"""What an optimizer says beforehand of its refreshes, steps and memory."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import curvopt
+from benchmarks.perf.memory import peak_bytes
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 5))
+    loss_fn = nn.CrossEntropyLoss()
+    x, y = torch.randn(40, 30), torch.randint(5, (40,))
+    curvature = curvopt.Hessian(model, loss_fn, (x, y), route="loop")
+    options = {"rank": 4, "curvature": curvature, **options}
+    opt = curvopt.BulkSGD(model.parameters(), lr=0.01, **options)
+
+    def step():
+        opt.zero_grad()
+        loss_fn(model(x), y).backward()
+        opt.step()
+
+    return opt, step
+
+
+def test_a_dry_run_says_products_and_bytes_before_the_first_refresh():
+    opt, _ = make()
+    size = 30 * 20 + 20 + 20 * 5 + 5
+    cost = opt.cost(dry_run=True)
+    assert cost.first.products == 4 * 4 + 20  # max_matvecs
+    assert cost.refresh.products == (4 + 1) + (4 + 6)  # an image and a warm chain after it
+    assert cost.basis_bytes == (4 + 1) * size * 4
+    assert math.isnan(cost.first.seconds)
+    assert math.isnan(cost.projection_seconds)
+    assert math.isnan(cost.step_seconds)
+    assert cost.overhead == 0.1
+    assert opt.subspace.refreshes == 0
+
+
+def test_the_bytes_of_the_solver_bound_what_a_refresh_allocates():
+    torch.manual_seed(0)  # large enough that vectors outweigh the solver's small matrices
+    model = nn.Sequential(nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 5))
+    data = (torch.randn(20, 400), torch.randint(5, (20,)))
+    curvature = curvopt.Hessian(model, nn.CrossEntropyLoss(), data, route="loop")
+    opt = curvopt.BulkSGD(model.parameters(), lr=0.01, curvature=curvature, rank=4, tol=0.5)
+    cost = opt.cost(dry_run=True)
+    for _ in range(2):  # cold, then warm
+        peak, left = peak_bytes(opt.refresh, torch.device("cpu"))
+        assert peak < cost.work_bytes
+        assert left < 0.1 * cost.basis_bytes  # nothing stays but the basis, which was there before
+    opt.subspace.refresh(cold=True)
+    assert peak_bytes(lambda: opt.subspace.refresh(cold=True), torch.device("cpu"))[0] > 0.8 * cost.work_bytes
+
+
+def test_seconds_come_from_timing_and_nothing_moves():
+    opt, step = make()
+    before = [p.detach().clone() for g in opt.param_groups for p in g["params"]]
+    cost = opt.cost()
+    assert cost.refresh.seconds > 0
+    assert cost.projection_seconds > 0
+    assert all(torch.equal(p, b) for p, b in zip(opt.param_groups[0]["params"], before, strict=True))
+    assert opt.subspace.matvecs == opt.curvature.matvecs == 0
+    for _ in range(12):
+        step()
+    later = opt.cost()
+    assert later.step_seconds > 0
+    assert later.refresh.products == opt.subspace.planned_matvecs
+    assert later.projection_share == later.projection_seconds / later.step_seconds
+    expected = later.refresh.seconds / (0.1 * later.step_seconds)
+    assert later.steps_per_refresh == pytest.approx(expected)
+
+
+def test_a_fixed_period_has_no_overhead():
+    opt, _ = make(refresh_every=10)
+    assert math.isnan(opt.cost(dry_run=True).steps_per_refresh)
+
+
+def test_auto_plans_with_the_models_figure_where_it_is_the_larger(monkeypatch):
+    opt, step = make()
+    dear = opt.curvature.cost(1)
+    slow = replace(dear, setup_gradients=1e6, product_gradients=1e6)
+    monkeypatch.setattr(opt.curvature, "cost", lambda products=1, dry_run=False: slow.of(products))
+    for _ in range(12):
+        step()
+    ratio = opt.stats()["cost_ratio"]
+    assert ratio == pytest.approx(slow.of(5).seconds / 5 / opt.cost(dry_run=False).step_seconds, rel=1e-6)
+
+
+def test_history_needs_no_product():
+    opt, _ = make(source="history", curvature=None)
+    cost = opt.cost(dry_run=True)
+    assert (cost.first.products, cost.refresh.products, cost.refresh.gradients) == (0, 0, 0.0)
+
+
+def test_a_closure_costs_two_calls_a_product():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    opt = curvopt.BulkSGD(model.parameters(), lr=0.1, rank=2, curvature="closure")
+    cost = opt.cost()
+    assert cost.refresh.product_gradients == 2.0
+    assert math.isnan(cost.refresh.seconds)
+
+
+def test_rank_0_has_nothing_to_cost():
+    opt, _ = make(rank=0, curvature=None)
+    with pytest.raises(ValueError, match="rank=0 has no subspace"):
+        opt.cost()
