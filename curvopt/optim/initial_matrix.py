@@ -80,9 +80,9 @@ class Schedule:
 class InitialMatrix:
     """``H0 = V diag(1/(lambda + 1/gamma)) V^T + gamma (I - V V^T)``, over a flat vector of length P.
 
-    gamma is ``s.y / y.y`` of the newest pair with V projected out, held in [1/lambda_k, reach/lambda_k], lambda_k
-    being the smallest eigenvalue kept; without a basis it is the plain ``s.y / y.y``. Where V spans the whole space
-    there is no bulk, and ``H0 = V diag(1/lambda) V^T``. H0 is positive definite by construction.
+    gamma is ``s.y / y.y`` of the newest pair with V projected out, held in [1/lambda_1, reach/lambda_k], lambda_k
+    being the smallest eigenvalue kept; without a basis it is the plain ``s.y / y.y``, without a pair 1/lambda_k. Where V
+    spans the whole space there is no bulk, and ``H0 = V diag(1/lambda) V^T``. H0 is positive definite by construction.
 
     Args:
         curvature: an operator, or ``"closure"``.
@@ -209,14 +209,16 @@ class InitialMatrix:
         """
         if self._values is None:
             return None if pair is None else torch.dot(*pair) / torch.dot(pair[1], pair[1])
-        least = 1.0 / self._values[-1]
+        unit = 1.0 / self._values[-1]
         if pair is None or self.whole:
-            return least
+            return unit
         bulk = torch.stack(pair)
         self._add(bulk, -(self._inside(bulk) @ self._live_rows().T))
         step, change = bulk
         found = torch.dot(step, change) / torch.dot(change, change)
-        return torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0).clamp(least, self.schedule.reach * least)
+        # Not held above 1/lambda_k: once the basis has turned away, the bulk holds larger curvature than lambda_k.
+        found = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
+        return found.clamp(1.0 / self._values[0], self.schedule.reach * unit)
 
     def apply(self, vector: Tensor, gamma: Tensor | None) -> Tensor:
         """``H0 q`` for a vector (P,), as a new tensor."""

@@ -25,7 +25,7 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
     """L-BFGS started from ``H0 = V diag(1/(lambda + 1/gamma)) V^T + gamma (I - V V^T)``.
 
     V and lambda are the leading eigenpairs of the curvature, computed by a few products and cached for many
-    iterations; gamma is ``s.y / y.y`` of the last pair with V projected out, held in [1/lambda_k, gamma_limit/lambda_k].
+    iterations; gamma is ``s.y / y.y`` of the last pair with V projected out, held in [1/lambda_1, gamma_limit/lambda_k].
     L-BFGS alone spends its pairs on finding that dominant part again and again; here it is given, and the pairs learn
     the rest. Meant for deterministic, ill-conditioned problems that are solved to high precision (physics-informed
     networks); not for mini-batches. ``rank=0`` is plain L-BFGS with the same line search.
@@ -83,7 +83,7 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
         curvature: SymmetricOperator | str | None = "closure",
         curvature_closure: Closure | None = None,
         refresh_at: Sequence[int] = (20, 60),
-        refresh_every: int | str = 200,
+        refresh_every: int | str = 100,
         rounds: int = 2,
         cold_rounds: int = 3,
         floor: float = 1e-3,

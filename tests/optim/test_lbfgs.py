@@ -217,15 +217,28 @@ def test_gamma_is_that_of_the_bulk_and_is_held_inside_its_range():
         step = torch.randn(20, generator=generator, dtype=torch.float64)
         change = scale * (op.matrix @ step)
         s, y = rest @ step, rest @ change
-        expected = float((s @ y / (y @ y)).clamp(1 / values[-1], 10 / values[-1]))
+        expected = float((s @ y / (y @ y)).clamp(1 / values[0], 10 / values[-1]))
         assert float(opt._engine.gamma((step, change))) == pytest.approx(expected, rel=1e-7)
-    # negative curvature in the bulk, and a pair inside the basis, give the least
-    inside = vectors[:, 0]
-    for pair in ((s, -y), (inside, 3 * inside)):
-        got = float(opt._engine.gamma(pair))
-        assert 1 / values[-1] * (1 - 1e-9) <= got <= 10 / values[-1] * (1 + 1e-9)
-    assert float(opt._engine.gamma((s, -y))) == pytest.approx(1 / float(values[-1]), rel=1e-7)
+    # Negative curvature in the bulk, or none at all, gives the least; without any pair it is the smallest pair's own.
+    assert float(opt._engine.gamma((s, -y))) == pytest.approx(1 / float(values[0]), rel=1e-7)
+    zero = torch.zeros(20, dtype=torch.float64)
+    assert float(opt._engine.gamma((zero, zero))) == pytest.approx(1 / float(values[0]), rel=1e-7)
     assert float(opt._engine.gamma(None)) == pytest.approx(1 / float(values[-1]), rel=1e-7)
+
+
+def test_a_basis_that_has_turned_away_forces_no_long_steps():
+    # The eigenpairs of another matrix with the same spectrum: its bulk holds curvature far above lambda_k, and a gamma of
+    # 1/lambda_k would be shortened by the search at every iteration.
+    values = np.concatenate([np.geomspace(1e3, 2.0, 10), np.full(30, 0.5)]).tolist()
+    params = parameters([(40,)])
+    op, other = Quartic(with_spectrum(values), params), Quartic(with_spectrum(values, seed=7), params)
+    opt = SubspaceLBFGS(params, rank=10, curvature=other, refresh_at=(0,), refresh_every="frozen", cold_rounds=10)
+    for _ in range(3):
+        opt.step(closure_of(op, opt))
+    stats = opt.stats()
+    assert stats["kept"] >= 9
+    calls = stats["closure_calls"] - stats["steps"]  # each step begins with one
+    assert calls <= 1.3 * stats["iterations"], stats
 
 
 # ---- sources of curvature
