@@ -71,7 +71,7 @@ def test_a_wrong_override_is_named(overrides, text):
 
 def test_unknown_files_list_what_there_is():
     with pytest.raises(
-        ConfigError, match="unknown task 'digit_mlp': did you mean 'digits_mlp'. available: digits_mlp, mnist5k"
+        ConfigError, match="unknown task 'digit_mlp': did you mean 'digits_mlp'. available: cifar10_5k_cnn, "
     ):
         compose_run("digit_mlp", "sgd")
     with pytest.raises(ConfigError, match="unknown optimizer 'sdg': did you mean 'sgd'. available: adamw, bulk_sgd"):

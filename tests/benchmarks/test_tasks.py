@@ -105,7 +105,7 @@ def test_bad_settings_are_named(digits):
         DataOrder(10, 11, seed=0)
     with pytest.raises(ConfigError, match="task.loss must be 'cross_entropy' or 'mse', got 'hinge'"):
         tasks.build(compose_run("digits_mlp", "sgd", ["task.loss=hinge"]).task)
-    with pytest.raises(ConfigError, match="unknown task class 'gpt': known are classifier_mlp"):
+    with pytest.raises(ConfigError, match="unknown task class 'gpt': known are autoencoder, char_gpt, classifier_mlp"):
         tasks.build({"task": "gpt"})
 
 

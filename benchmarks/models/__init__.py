@@ -1,0 +1,1 @@
+"""Networks of the tasks, written so that every operation has second derivatives."""
