@@ -15,6 +15,7 @@ from curvopt._errors import NonFiniteError, RankWarning, RefreshWarning, warn
 from curvopt._params import ParameterLayout
 from curvopt.curvature.closure import ClosureHessian
 from curvopt.curvature.operator import SymmetricOperator
+from curvopt.curvature.parallel import averaged
 from curvopt.optim.build import make_subspace
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.source import CurvatureSource
@@ -260,9 +261,9 @@ class InitialMatrix:
             # One-sided differences cost half; in float32 their noise would lie above the floor.
             operator.scheme = "forward" if operator.dtype == torch.float64 else "central"
         before = operator.closure_calls if isinstance(operator, ClosureHessian) else 0
-        s.operator = operator
         how = self.schedule
         try:
+            s.operator = averaged(operator)
             with self.source.gradients_aside(self.layout.params, s.parameters):
                 refresh_block(s, rounds=how.rounds, cold_rounds=how.cold_rounds, floor=how.floor)
         except Exception as error:  # data that raise may raise anything

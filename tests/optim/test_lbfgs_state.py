@@ -281,7 +281,8 @@ def test_a_new_group_begins_anew():
     assert opt.subspace.blocks[2].shape == (3, 1, 7)
 
 
-def test_two_processes_that_average_agree_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("variant", ["closure", "hessian"])
+def test_two_processes_that_average_agree_bit_for_bit(variant, tmp_path):
     script = """
 import os, sys, torch
 import torch.distributed as dist
@@ -295,7 +296,11 @@ whole = (world.x, world.y)
 world.x, world.y = whole[0][rank::2], whole[1][rank::2]
 model = DistributedDataParallel(world.model)
 from curvopt.optim import SubspaceLBFGS
-opt = SubspaceLBFGS(model.parameters(), rank=4, refresh_at=(3,), refresh_every=9, max_iter=5)
+from curvopt.curvature import Hessian
+options = {"rank": 4, "refresh_at": (3,), "refresh_every": 9, "max_iter": 5}
+if sys.argv[4] == "hessian":
+    options["curvature"] = Hessian(world.model, torch.nn.MSELoss(), (world.x, world.y), route="loop")
+opt = SubspaceLBFGS(model.parameters(), **options)
 def closure():
     opt.zero_grad()
     loss = torch.nn.functional.mse_loss(model(world.x), world.y)
@@ -309,14 +314,16 @@ torch.save({"flat": world.flat(), "kept": opt.stats()["kept"]}, f"{sys.argv[3]}/
 dist.destroy_process_group()
 """
     started = [
-        subprocess.Popen([sys.executable, "-c", script, str(r), str(tmp_path / "store"), str(tmp_path)], cwd=ROOT)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(r), str(tmp_path / "store"), str(tmp_path), variant], cwd=ROOT
+        )
         for r in range(2)
     ]
     assert [p.wait(timeout=100) for p in started] == [0, 0]
     left, right = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert torch.equal(left["flat"], right["flat"]) and left["kept"] == right["kept"] >= 1
     world = World()
-    opt = world.make(**VARIANTS["closure"])
+    opt = world.make(**VARIANTS[variant])
     world.train(opt, 4)
     # Sums in another order: differences of gradients turn that rounding into 1e-8, and 20 iterations pass it on.
     assert float((world.flat() - left["flat"]).norm() / world.flat().norm()) < 1e-4
