@@ -11,6 +11,7 @@ from curvopt.diagnostics.alignment import dominant_share as dominant_share
 from curvopt.diagnostics.alignment import effective_learning_rates as effective_learning_rates
 from curvopt.diagnostics.alignment import gradient_alignment as gradient_alignment
 from curvopt.diagnostics.alignment import haar_share as haar_share
+from curvopt.diagnostics.alignment import layer_shares as layer_shares
 from curvopt.diagnostics.connectivity import FlatDirections as FlatDirections
 from curvopt.diagnostics.connectivity import LossPath as LossPath
 from curvopt.diagnostics.connectivity import LossProfile as LossProfile

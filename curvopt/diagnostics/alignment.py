@@ -254,7 +254,9 @@ def gradient_alignment(
     need_problem(curvature)
     size = curvature.shape[0]
     rows = orthonormal_rows(basis, size, curvature.dtype, curvature.device)
-    layers = _layer_rows(curvature, layer_bases)
+    bases = {} if layer_bases is None else dict(layer_bases)
+    for name, index in named_layers(curvature.layout, bases).items():
+        orthonormal_rows(bases[name], len(index), curvature.dtype, curvature.device)
     drawn = [] if batches is None else read_batches(batches, max_batches, curvature.device)
     full = finite_gradient(curvature)
     view = curvature.private()
@@ -274,8 +276,34 @@ def gradient_alignment(
         noise=mean_of(noises),
         noise_to_signal=mean_of(ratios),
         null=haar_share(len(rows), size),
-        layers={name: float(dominant_share(full[index], part.T)) ** 2 for name, (index, part) in layers.items()},
+        layers={name: chi**2 for name, chi in layer_shares(full, bases, curvature.layout).items()},
     )
+
+
+def layer_shares(
+    vector: Tensor | Sequence[Tensor], bases: Mapping[str, Basis], layout: ParameterLayout
+) -> dict[str, float]:
+    """``chi`` of a vector's part in each layer in that layer's own subspace: of weights, updates or gradients.
+
+    The weights of a layer align with the outlier space of its block early in training, while the null is
+    ``sqrt(k/p)`` for p parameters of the layer (Ben Arous et al. 2024).
+
+    Args:
+        vector: (P,) or a list of tensors shaped like the parameters.
+        bases: by layer name, orthonormal columns (p, k), an EigenResult or a DominantSubspace of that layer.
+        layout: names and places of the parameters (``curvature.layout``).
+
+    Raises:
+        ValueError: an unknown layer, or shapes that do not fit.
+        TypeError: neither tensors nor lists of them.
+    """
+    whole = as_columns(vector, layout.total, layout, "vector")[:, 0]
+    indices = named_layers(layout, bases)
+    out = {}
+    for name, basis in bases.items():
+        rows = orthonormal_rows(basis, len(indices[name]))
+        out[name] = float(dominant_share(whole[indices[name]], rows.T))
+    return out
 
 
 def finite_gradient(curvature: ProblemOperator) -> Tensor:
@@ -288,14 +316,3 @@ def finite_gradient(curvature: ProblemOperator) -> Tensor:
     if not bool(torch.isfinite(gradient).all()):
         raise NonFiniteError("the gradient holds NaN or Inf: look at the loss and the weights first")
     return gradient
-
-
-def _layer_rows(curvature: ProblemOperator, bases: Mapping[str, Basis] | None) -> dict[str, tuple[Tensor, Tensor]]:
-    if not bases:
-        return {}
-    indices = named_layers(curvature.layout, bases)
-    out = {}
-    for name, basis in bases.items():
-        index = indices[name]
-        out[name] = index, orthonormal_rows(basis, len(index), curvature.dtype, curvature.device)
-    return out

@@ -78,7 +78,8 @@ class Probe:
             H, G, F) and ``"trace"``.
         batches: mini-batches for ``"batch_sharpness"``, read once.
         extra: further columns: a function of the probe at the moment of measurement that returns a dict of numbers. It
-            may look at ``probe.view``, ``probe.eigen``, ``probe.step``.
+            may use ``probe.view``, ``probe.eigen`` and ``probe.step``; its products with ``probe.view`` are counted,
+            but not planned for by ``max_products``.
         log: where records go as well: ``"wandb"`` (the active run), a W&B run, or a function ``log(record, step)``.
             With W&B the names stand under "curvature/" with an axis of their own, and ride on the user's own records,
             one on each, so that they never advance the run's step; ``detach`` sends what is left.

@@ -14,7 +14,7 @@ from curvopt._errors import MissingExtraError
 
 
 class Table:
-    """Columns as numpy arrays, rows in the order of the measurements; a column that a row lacks is NaN there.
+    """Columns as numpy arrays, rows in the order of the measurements; a column that a row lacks, or holds None in, is NaN there.
 
     Args:
         rows: one dict a row, of numbers and words.
@@ -37,7 +37,7 @@ class Table:
         """
         if column not in self.columns:
             raise KeyError(f"there is no column {column!r}; columns: {', '.join(self.columns)}")
-        values = [row.get(column, math.nan) for row in self._rows]
+        values = [math.nan if (v := row.get(column)) is None else v for row in self._rows]
         if any(isinstance(v, str) for v in values):
             return np.array(values, dtype=object)
         return np.array(values)

@@ -20,6 +20,7 @@ from curvopt.diagnostics import (
     gradient_alignment,
     group_threshold,
     haar_share,
+    layer_shares,
     preconditioner,
     sharpness,
     small_batch_threshold,
@@ -139,6 +140,22 @@ def test_gradient_alignment_against_dense_gradients():
     assert found.layers == {"2": pytest.approx(energy(g[20:], basis(15, 2)))}
     assert found.null == haar_share(3, 35)
     assert math.isnan(gradient_alignment(curvature, V).minibatch.value)
+
+
+def test_shares_by_layer():
+    model, _, _, curvature = made()
+    bases = {"2": basis(15, 2), "0": basis(20, 3, 1)}
+    weights = [p.detach() for p in model.parameters()]
+    flat = torch.cat([w.reshape(-1) for w in weights])
+    for vector in (weights, flat):
+        found = layer_shares(vector, bases, curvature.layout)
+        assert list(found) == ["2", "0"]
+        assert found["0"] == pytest.approx(float((bases["0"].T @ flat[:20]).norm() / flat[:20].norm()))
+        assert found["2"] == pytest.approx(float((bases["2"].T @ flat[20:]).norm() / flat[20:].norm()))
+    with pytest.raises(ValueError, match="there is no layer 'head'"):
+        layer_shares(flat, {"head": bases["2"]}, curvature.layout)
+    with pytest.raises(ValueError, match=r"basis must have shape \(20, k\)"):
+        layer_shares(flat, {"0": bases["2"]}, curvature.layout)
 
 
 def test_batches_may_come_from_the_training_loader_without_a_trace():

@@ -222,7 +222,7 @@ def test_every_kind_of_layer(batches, centered):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp-sum", "class-weights", "ignore-index", "label-smoothing", "tied", "embedding", "mse"]
+    "name", ["mlp-sum", "class-weights", "ignore-index", "label-smoothing", "tied", "embedding", "mse", "dropout"]
 )
 def test_losses_of_the_registry(name):
     model, loss_fn, data, forward = BY_NAME[name].make()

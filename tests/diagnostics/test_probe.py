@@ -104,6 +104,48 @@ def test_a_probed_run_is_bit_identical_to_an_unprobed_one(name, kind, closure):
     assert np.isfinite(table["chi_update"]).all() and np.isfinite(table["chi_minibatch"]).all()
 
 
+def test_an_optimizer_that_calls_its_closure_many_times():
+    finals = []
+    for probed in (False, True):
+        model, x, y, loss_fn, _ = double_world()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        probe = Probe(curvopt.Hessian(model, loss_fn, (x, y)), optimizer, 1) if probed else None
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y, loss_fn=loss_fn):
+            optimizer.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        finals.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*finals) and len(probe.table()) == 3
+    assert np.isfinite(probe.table()["chi_update"]).all()
+
+
+def test_a_probe_of_the_gauss_newton_matrix_and_of_columns_of_ones_own():
+    model, x, y, loss_fn, optimizer = double_world()
+    found = []
+
+    def extra(probe):
+        report = curvopt.diagnostics.outliers(probe.view, veto=False)
+        found.append(report.count)
+        return {"outliers": report.count}
+
+    curvature = curvopt.GGN(model, loss_fn, (x, y))
+    probe = Probe(curvature, optimizer, 2, rank=2, tol=1e-8, extra=extra)
+    G = curvature.to_dense()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    table = probe.table()
+    assert table["lambda/1"][0] == pytest.approx(float(torch.linalg.eigvalsh(G)[-1]), rel=1e-9)
+    np.testing.assert_equal(table["outliers"], np.array([math.nan if c is None else c for c in found]))
+    assert (table["products"] > 67).all(), "the dense decomposition of the extra column is counted"
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["BulkSGD", "SubspaceScaled"])
 @pytest.mark.filterwarnings("ignore::curvopt._errors.CurvoptWarning")
 def test_our_own_optimizers_are_left_alone_too(wrapped):
