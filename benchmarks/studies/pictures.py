@@ -12,14 +12,20 @@ from curvopt.diagnostics.plots import draw_band, spread
 Bands = dict[str, tuple[Any, Any, Any, Any]]
 
 
-def grouped_bands(ax: Any, runs: Mapping[str, Sequence[PartResult]], column: str) -> Bands:
+def grouped_bands(ax: Any, runs: Mapping[str, Sequence[PartResult]], column: str, *, first: int = 0) -> Bands:
     """A line and a min-max band over seeds for each name, at the steps that all seeds have; what diverged ends early.
+
+    Args:
+        ax: to draw on.
+        runs: by name, the parts of all seeds.
+        column: that was logged.
+        first: place of the first name in the order of colours.
 
     Returns:
         by name: steps, mean, low, high.
     """
     found: Bands = {}
-    for i, (name, parts) in enumerate(runs.items()):
+    for i, (name, parts) in enumerate(runs.items(), first):
         finite = []
         for part in parts:
             steps, values = part.column(column)
