@@ -42,7 +42,10 @@ class Account:
         stats = self._stats()
         own = self.entry.products_per_step * self.gradients
         products = stats.get("matvecs", 0) + own
-        equivalents = stats.get("matvecs", 0) * self.cost if stats.get("matvecs", 0) else 0.0
+        if "curvature_calls" in stats:  # products that were differences of a closure's gradients on the curvature batch
+            equivalents = stats["curvature_calls"] / self.share
+        else:
+            equivalents = stats.get("matvecs", 0) * self.cost if stats.get("matvecs", 0) else 0.0
         equivalents += own * max(1.0, self.cost * self.share) if own else 0.0
         out: dict[str, Any] = {
             "gradients": self.gradients,

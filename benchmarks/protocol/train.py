@@ -82,7 +82,7 @@ class Run:
         self.optimizer = self._build_optimizer()
         self._announce_refreshes()
         self.account = Account(
-            self.optimizer, self.entry, cost, config.batch_size / self.task.config.curvature_examples
+            self.optimizer, self.entry, cost, config.batch_size / len(self.task.curvature_batch()[0])
         )
         self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank, self.route) if self._meters else None
         self.watch = Stopwatch(self.device)
@@ -100,7 +100,17 @@ class Run:
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
             given["curvature"] = self.task.curvature(self.model, self.route)
+        defaults = self.entry.defaults
+        if not self.entry.needs_curvature and "curvature_closure" in defaults and given.get("rank", defaults["rank"]):
+            given["curvature_closure"] = self._curvature_closure
         return zoo.create(self.config.optimizer["zoo"], params, **given)
+
+    def _curvature_closure(self) -> Tensor:
+        """Loss and gradient on the curvature batch; the optimizer's own count of these calls enters the account."""
+        self.model.zero_grad()
+        loss = self.task.loss(self.model, self.task.curvature_batch())
+        loss.backward()
+        return loss
 
     def _announce_refreshes(self) -> None:
         """Let the bar say when the optimizer refreshes its basis."""

@@ -1,14 +1,19 @@
 """Physics-informed tasks: derivatives against autograd, solutions against their equations, weights by hand."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from benchmarks import tasks
-from benchmarks.config import ConfigError, compose_run
+from benchmarks.config import ConfigError, compose_run, run_directory
 from benchmarks.physics import EQUATIONS, JetMLP
 from benchmarks.physics.equations import BOUNDARY, INITIAL, INTERIOR
+from benchmarks.progress import RunProgress
+from benchmarks.protocol.checkpoint import RunFolder
+from benchmarks.protocol.train import Run, execute
+from benchmarks.sinks import read_jsonl
 from benchmarks.tasks.pinn import Pinn
 
 each = pytest.mark.parametrize("name", EQUATIONS)
@@ -142,3 +147,45 @@ def test_the_usual_size():
 def test_an_unknown_equation_is_named():
     with pytest.raises(ConfigError, match="task.equation must be one of convection, .* got 'euler'"):
         tasks.build(compose_run("pinn_convection", "lbfgs", ["task.equation=euler"]).task)
+
+
+RUN = ["steps=4", "log_every=1", "eval_every=2", "wandb.mode=disabled", "batch_size=58", *SMALL]
+
+
+def run(optimizer, folder, *extra):
+    outcome = execute(compose_run("pinn_convection", optimizer, [*RUN, f"out={folder}", *extra]))
+    return outcome, {r["step"]: r for r in read_jsonl(outcome.folder.log)}
+
+
+def test_every_curvature_call_is_in_the_account(tmp_path):
+    outcome, records = run("subspace_lbfgs", tmp_path, "optimizer.refresh_at=[5]", "optimizer.rank=4")
+    last = records[4]
+    assert last["train_loss"] < 0.5 * records[0]["train_loss"]
+    assert last["solution_error"] > 0
+    assert last["refreshes"] == 1 and last["products"] == 3 * 4
+    # 12 products, the base gradient and its repetition, on 15 + 18 of the 58 rows
+    calls = (last["gradient_equivalents"] - last["gradients"]) * 58 / 33
+    assert calls == pytest.approx(14) or calls == pytest.approx(15)
+    assert outcome.status == "done"
+
+    _, control = run("lbfgs_rank0", tmp_path)
+    assert control[4]["gradient_equivalents"] == control[4]["gradients"] > 4
+    assert control[4]["products"] == 0
+    _, torchs = run("lbfgs", tmp_path)
+    assert torchs[4]["gradient_equivalents"] == torchs[4]["gradients"] > 4
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    options = ["optimizer.refresh_at=[5,30]", "optimizer.rank=4", f"out={tmp_path}"]
+    config = compose_run("pinn_convection", "subspace_lbfgs", [*RUN, *options])
+    folder = RunFolder(run_directory(config))
+    first = Run(config, folder, RunProgress(enabled=False))
+    for _ in range(2):
+        first._step(first.task.batch(first.order.next()))
+    second = Run(config, folder, RunProgress(enabled=False))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for part in (first, second):
+        for _ in range(2):
+            part._step(part.task.batch(part.order.next()))
+    assert first.optimizer.stats()["refreshes"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
