@@ -47,6 +47,8 @@ def dominant_share(
     """
     rows = orthonormal_rows(basis)
     columns = as_columns(vectors, rows.shape[1], layout, "vectors")
+    if columns.device != rows.device:
+        raise ValueError(f"vectors are on {columns.device}, the basis is on {rows.device}: bring them together")
     single = not isinstance(vectors, Tensor) or vectors.dim() == 1
     inside, whole = _norms(columns.T, rows)
     share = torch.where(whole > 0, inside / whole.clamp_min(torch.finfo(torch.float64).tiny), math.nan)

@@ -169,6 +169,10 @@ class Displacement:
         """Bytes kept so far."""
         return sum(r.numel() * r.element_size() for r in self._rows)
 
+    def fits(self, numbers: int) -> bool:
+        """Whether a record of this many numbers stays below ``max_bytes``."""
+        return self.nbytes + numbers * self.dtype.itemsize <= self.max_bytes
+
     def record(self, step: int, basis: Basis, eigenvalues: Tensor | None = None) -> None:
         """Keep the eigenvectors at a step.
 
@@ -189,7 +193,7 @@ class Displacement:
                 "a record holds one model and one k"
             )
         kept = rows.to("cpu", self.dtype, copy=True)
-        if self.nbytes + kept.numel() * kept.element_size() > self.max_bytes:
+        if not self.fits(kept.numel()):
             raise ValueError(
                 f"this record would exceed max_bytes={self.max_bytes} (each takes {kept.numel() * kept.element_size()} "
                 "bytes): record less often, or raise it"

@@ -122,7 +122,7 @@ def last_significant_gap(values: np.ndarray) -> int:
     for _ in range(_ROUNDS):
         ranks = np.arange(k + 1, k + 6)
         slope = abs(np.polyfit(ranks ** (2 / 3), values[k : k + 5], 1)[0])
-        above = np.flatnonzero(gaps[:most] >= 2 * slope)
+        above = np.flatnonzero((gaps[:most] >= 2 * slope) & (gaps[:most] > 0))
         found = int(above[-1]) + 1 if len(above) else 0
         if found == k:
             return k
@@ -134,7 +134,7 @@ def last_significant_gap(values: np.ndarray) -> int:
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """The values as float64, or an error."""
+    """The values as float64, those below rounding of the largest set to 0; or an error."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < LEAST:
         raise ValueError(
@@ -144,7 +144,8 @@ def checked(values: np.ndarray) -> np.ndarray:
         raise ValueError("eigenvalues hold NaN or Inf")
     if (np.diff(values) > 0).any():
         raise ValueError("eigenvalues must be sorted, largest first")
-    return values
+    rounding = 100 * np.finfo(np.float64).eps * np.abs(values).max()
+    return np.where(np.abs(values) <= rounding, 0.0, values)
 
 
 def numerical_rank(values: np.ndarray, relative: float = 0.05) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from curvopt._errors import CurvoptWarning, warn
 from curvopt.diagnostics.alignment import dominant_share, effective_learning_rates, finite_gradient
 from curvopt.diagnostics.displacement import Displacement, subspace_overlap
 from curvopt.diagnostics.energy import MATRICES, curvature_energy
@@ -19,6 +20,11 @@ from curvopt.linalg.trace import trace
 
 if TYPE_CHECKING:
     from curvopt.diagnostics.probe import Probe
+
+
+class ProbeWarning(CurvoptWarning):
+    """A measurement failed, or the probe's budget is spent; training goes on."""
+
 
 DEFAULT = ("eigenvalues", "sharpness", "alignment", "rates", "displacement", "localization")
 _PROBES = 16
@@ -59,7 +65,7 @@ def planned(probe: Probe) -> int:
     if "preconditioned" in probe.measure:
         count += 2 * probe.max_matvecs
     if "sharpness" in probe.measure:
-        count += probe.max_matvecs if _several_thresholds(probe) else 0
+        count += 2 * probe.max_matvecs if _several_thresholds(probe) and not _adaptive(probe.optimizer) else 0
     if "trace" in probe.measure:
         count += _PROBES
     if "energy" in probe.measure:
@@ -114,11 +120,16 @@ def after_step(probe: Probe, update: Tensor, minibatch: Tensor | None, full: Ten
 def _record(probe: Probe) -> None:
     assert probe.eigen is not None
     record = probe.displacement
-    if not probe.keep and len(record) == 2:  # the first and the last
+    if not probe.keep and len(record) == 2:  # only the first and the last
         state = record.state_dict()
         record.load_state_dict({k: v[:1] for k, v in state.items()})
     values = torch.cat([probe.eigen.eigenvalues, probe.eigen.extra_eigenvalues])
-    record.record(probe.step, probe.eigen, values)
+    probe.eigen_step = probe.step
+    if record.fits(probe.eigen.eigenvectors.numel()):
+        record.record(probe.step, probe.eigen, values)
+    elif probe.keep:  # a run must not end for that
+        warn(f"no eigenvectors are kept from step {probe.step} on: {record.max_bytes} bytes are full", ProbeWarning)
+        probe.keep = False
 
 
 # ---- one function a name: (probe, row so far, previous eigenpairs, full gradient) -> columns
@@ -173,12 +184,12 @@ def _displacement(probe: Probe, row: dict[str, Any], previous: Any, gradient: Te
     record: Displacement = probe.displacement
     nothing = {"overlap_last": math.nan, "lag_last": math.nan, "overlap_first": math.nan, "overlap_null": math.nan}
     nothing["overlap_null"] = probe.rank / probe.layout.total
-    if previous is None or not len(record):
+    if previous is None or probe.eigen_step is None or not len(record):
         return nothing
     first = record.basis(record.steps[0]).to(probe.eigen.eigenvectors)
     return nothing | {
         "overlap_last": subspace_overlap(previous, probe.eigen),
-        "lag_last": float(probe.step - record.steps[-1]),
+        "lag_last": probe.step - probe.eigen_step,
         "overlap_first": subspace_overlap(first, probe.eigen),
     }
 

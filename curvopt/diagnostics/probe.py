@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt._errors import CurvoptWarning, NonFiniteError, RankWarning, warn
+from curvopt._errors import NonFiniteError, RankWarning, warn
 from curvopt.curvature.hessian import ProblemOperator
 from curvopt.curvature.quiet import forked_rng
 from curvopt.diagnostics import measures
 from curvopt.diagnostics._inputs import check_rank, need_problem, read_batches
 from curvopt.diagnostics.displacement import Displacement
 from curvopt.diagnostics.logs import log_target
+from curvopt.diagnostics.measures import ProbeWarning as ProbeWarning
 from curvopt.diagnostics.table import Table
 from curvopt.linalg.result import EigenResult
 
 Schedule = int | Iterable[int] | Callable[[int], bool]
 _FALLBACK_RANK = 10
-
-
-class ProbeWarning(CurvoptWarning):
-    """A measurement failed, or the probe's budget is spent; training goes on."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,7 @@ class Probe:
     Attributes:
         step: steps begun so far.
         eigen: the last eigenpairs (EigenResult), None before the first measurement.
+        eigen_step: the step that they belong to.
         view: the probe's own operator.
 
     Raises:
@@ -146,6 +144,7 @@ class Probe:
         self._log = log_target(log)
         self.step = 0
         self.eigen: EigenResult | None = None
+        self.eigen_step: int | None = None
         self.displacement = Displacement()
         self._rows: list[dict[str, Any]] = []
         self._gradients = 0
@@ -317,6 +316,7 @@ class Probe:
             "gradients": self._gradients,
             "seconds": self._seconds,
             "eigen": eigen,
+            "eigen_step": self.eigen_step,
             "displacement": self.displacement.state_dict(),
         }
 
@@ -337,7 +337,11 @@ class Probe:
         self.step, self._gradients, self._seconds = state["step"], state["gradients"], state["seconds"]
         self._spent_before = state["products"] - self.view.matvecs
         self._rows = [dict(row) for row in state["rows"]]
+        if eigen is not None:
+            device = self.layout.device
+            eigen = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in eigen.items()}
         self.eigen = None if eigen is None else EigenResult(**eigen)
+        self.eigen_step = state["eigen_step"]
         self.displacement.load_state_dict(state["displacement"])
 
 

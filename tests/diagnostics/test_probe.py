@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import time
@@ -272,16 +271,16 @@ def test_effective_rates_of_full_batch_gradient_descent_are_the_learning_rate():
     assert (probe.table()["chi_noise"] != probe.table()["chi_noise"]).all(), "no noise, no share of it"
 
 
-def short_run(steps, probe_at=None, state=None, **options):
+def short_run(**options):
     model, x, y, loss_fn, optimizer = double_world(0.1, torch.optim.SGD, momentum=0.9)
     probe = Probe(curvopt.Hessian(model, loss_fn, (x, y)), optimizer, every=2, **options)
     return model, x, y, loss_fn, optimizer, probe
 
 
 def advance(model, x, y, loss_fn, optimizer, probe, steps):
-    for i in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
-        part = slice((probe.step + i) % 3, None, 3)
+        part = slice(probe.step % 3, None, 3)
         loss_fn(model(x[part]), y[part]).backward()
         optimizer.step()
 
@@ -291,19 +290,16 @@ def without_times(table):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_resumed_probe_continues_bit_for_bit(keep):
-    unbroken = short_run(0, keep=keep)
-    advance(*unbroken, 8)
-    first = short_run(0, keep=keep)
+def test_a_resumed_probe_continues_bit_for_bit(keep, tmp_path):
+    first = short_run(keep=keep)
     advance(*first, 5)
-    saved = copy.deepcopy((first[0].state_dict(), first[4].state_dict(), first[5].state_dict()))
-    second = short_run(0, keep=keep)
+    torch.save([first[i].state_dict() for i in (0, 4, 5)], tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second = short_run(keep=keep)
     for part, state in zip((second[0], second[4], second[5]), saved, strict=True):
         part.load_state_dict(state)
-    # the slices of the batches depend on the step within `advance`, so go on as the unbroken run did
-    reference = short_run(0, keep=keep)
-    advance(*reference, 5)
-    advance(*reference, 3)
+    reference = short_run(keep=keep)
+    advance(*reference, 8)
     advance(*second, 3)
     one, other = without_times(reference[5].table()), without_times(second[5].table())
     np.testing.assert_equal(one, other)
@@ -333,6 +329,15 @@ def test_the_cost_is_counted_and_capped():
 def test_the_plan_bounds_what_is_spent():
     _, probe = run("plain", OPTIMIZERS["adam"], True)
     assert probe.table()["products"].max() <= probe.planned_products
+
+
+def test_full_memory_ends_the_keeping_not_the_run():
+    *world, probe = short_run(rank=2, keep=True)
+    probe.displacement.max_bytes = 2 * 67 * 2 * 4
+    with pytest.warns(ProbeWarning, match="no eigenvectors are kept from step 4 on: 1072 bytes are full"):
+        advance(*world, probe, 8)
+    assert probe.displacement.steps[0] == 0 and len(probe.table()) == 4
+    assert probe.table()["lag_last"].tolist()[1:] == [2, 2, 2]
 
 
 def test_schedules_and_detaching():
@@ -539,12 +544,12 @@ def test_nan_weights_at_the_start():
 
 
 def test_a_state_of_another_rank_or_model():
-    *_, probe = short_run(0, rank=2)
+    *_, probe = short_run(rank=2)
     model, x, y, loss_fn, optimizer = double_world()
     other = Probe(curvopt.Hessian(model, loss_fn, (x, y)), optimizer, rank=3)
     with pytest.raises(ValueError, match="has rank=2, this one rank=3"):
         other.load_state_dict(probe.state_dict())
-    *world, probe = short_run(0, rank=3)
+    *world, probe = short_run(rank=3)
     advance(*world, probe, 1)
     small = nn.Linear(4, 3).double()
     last = Probe(curvopt.Hessian(small, loss_fn, (x, y)), torch.optim.SGD(small.parameters(), lr=0.1), rank=3)
