@@ -7,13 +7,14 @@ band, never hidden; a logarithmic axis says so in its label.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 LINES = ("-", "--", "-.", ":")
 Data = Sequence[Mapping[str, Any]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _RC = {
     "font.size": 9,
@@ -56,6 +59,19 @@ def _pyplot() -> Any:
     return matplotlib, Canvas
 
 
+def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a drawing function under the house style, which leaves matplotlib's own settings alone."""
+
+    @functools.wraps(function)
+    def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        matplotlib, _ = _pyplot()
+        with matplotlib.rc_context(_RC):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+@styled
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.2, height: float = 3.0) -> tuple[Figure, Any]:
     """A figure in the house style, outside pyplot's state, and its axes (rows x columns array).
 
@@ -84,6 +100,19 @@ def label_axes(ax: Axes, x: str, y: str, *, title: str = "", log_x: bool = False
     ax.set_ylabel(f"{y} (log scale)" if log_y else y)
     if title:
         ax.set_title(title)
+    for axis, log, limits in ((ax.xaxis, log_x, ax.get_xlim()), (ax.yaxis, log_y, ax.get_ylim())):
+        if log:
+            _log_ticks(axis, *limits)
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    """Plain numbers at 1, 2, 5 where few powers of ten are in sight; powers otherwise."""
+    from matplotlib import ticker
+
+    axis.set_minor_formatter(ticker.NullFormatter())
+    if 0 < low < high < 300 * low:
+        axis.set_major_locator(ticker.LogLocator(10, subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def spread(
@@ -127,6 +156,7 @@ def draw_band(
 
 
 # ---- pictures
+@styled
 def plot_series(
     tables: Mapping[str, Table | Sequence[Table]],
     column: str,
@@ -169,7 +199,7 @@ def plot_series(
         ]
         if isinstance(reference, str):
             xr, mr, _, _ = spread([(t[x], t[reference]) for t in seeds])
-            ax.plot(xr, mr, color=PALETTE[i % len(PALETTE)], linestyle=":", linewidth=0.9)
+            ax.plot(xr, mr, color=PALETTE[i % len(PALETTE)], linestyle=":", linewidth=0.9, label=f"{name}: {reference}")
     if isinstance(reference, (int, float)):
         ax.axhline(reference, color="0.4", linestyle=":", linewidth=0.9)
     label_axes(ax, x, y_label or column, title=title, log_x=log_x, log_y=log_y)
@@ -177,6 +207,7 @@ def plot_series(
     return figure, data
 
 
+@styled
 def plot_density(
     densities: Mapping[str, SpectralDensity] | SpectralDensity, *, title: str = "", floor: float = 1e-6
 ) -> tuple[Figure, Data]:
@@ -209,6 +240,7 @@ def plot_density(
     return figure, data
 
 
+@styled
 def plot_outliers(found: Outliers, *, title: str = "") -> tuple[Figure, Data]:
     """Leading eigenvalues against rank with the bulk's edge, its 5 to 95 % band, and the verdict."""
     figure, axes = new_figure()
@@ -233,6 +265,7 @@ def plot_outliers(found: Outliers, *, title: str = "") -> tuple[Figure, Data]:
     return figure, data
 
 
+@styled
 def plot_displacement(
     records: Mapping[str, TwoTime] | TwoTime, *, title: str = "", log_x: bool = True
 ) -> tuple[Figure, Data]:
@@ -261,10 +294,14 @@ def plot_displacement(
     return figure, data
 
 
+@styled
 def plot_localization(
     records: Mapping[str, Localization], nulls: Iterable[NullIPR] = (), *, title: str = ""
 ) -> tuple[Figure, Data]:
-    """IPR of each eigenvector by rank on a logarithmic axis, with null models as lines and bands of two deviations."""
+    """IPR of each eigenvector by rank on a logarithmic axis, with null models as lines and bands.
+
+    The band is two standard deviations, or all draws where the null model was drawn.
+    """
     figure, axes = new_figure()
     ax, data = axes[0, 0], []
     longest = 1
@@ -277,20 +314,22 @@ def plot_localization(
             for r, v in zip(ranks, record.ipr, strict=True)
         ]
     for j, null in enumerate(nulls):
-        shade, low = ("0.35", "0.55", "0.7")[j % 3], max(null.mean - 2 * null.std, null.mean / 100)
+        shade = ("0.35", "0.55", "0.7")[j % 3]
+        low, high = max(null.mean - 2 * null.std, null.mean / 100), null.mean + 2 * null.std
+        if null.samples is not None:
+            low, high = float(null.samples.min()), float(null.samples.max())
         ax.axhline(
             null.mean, color=shade, linestyle=LINES[(j + 1) % len(LINES)], linewidth=1.0, label=f"null: {null.model}"
         )
-        ax.axhspan(low, null.mean + 2 * null.std, color=shade, alpha=0.15, linewidth=0)
-        data.append(
-            {"series": f"null {null.model}", "rank": 0, "ipr": null.mean, "low": low, "high": null.mean + 2 * null.std}
-        )
+        ax.axhspan(low, high, color=shade, alpha=0.15, linewidth=0)
+        data.append({"series": f"null {null.model}", "rank": 0, "ipr": null.mean, "low": low, "high": high})
     ax.set_xticks(range(1, longest + 1))
     label_axes(ax, "rank of the eigenvector", "inverse participation ratio", title=title, log_y=True)
     ax.legend()
     return figure, data
 
 
+@styled
 def plot_path(
     paths: Mapping[str, LossPath | Sequence[LossPath]], *, title: str = "", log_y: bool = False
 ) -> tuple[Figure, Data]:
@@ -310,6 +349,7 @@ def plot_path(
     return figure, data
 
 
+@styled
 def plot_profile(profiles: Mapping[str, LossProfile], *, title: str = "", log_y: bool = False) -> tuple[Figure, Data]:
     """Loss along directions: mean over each profile's directions, and min-max band."""
     figure, axes = new_figure()

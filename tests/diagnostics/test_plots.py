@@ -124,6 +124,25 @@ def test_colours_can_be_told_apart_without_colour_vision():
     assert len(set(looks)) == 8 and len({line for _, line in looks[:4]}) == 4
 
 
+def test_matplotlibs_own_settings_are_left_alone(density):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure, _ = plots.plot_density({"a": density, "b": density})
+    assert dict(matplotlib.rcParams) == before
+    legend = figure.axes[0].get_legend()
+    assert not legend.get_frame_on() and [t.get_text() for t in legend.get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("values", "plain"), [([0.05, 0.1, 2.0], True), ([1e-6, 1.0], False)])
+def test_short_logarithmic_axes_carry_plain_numbers(values, plain):
+    table = Table([{"step": i, "loss": v} for i, v in enumerate(values)])
+    figure, _ = plots.plot_series({"SGD": table}, "loss", log_y=True)
+    figure.canvas.draw()
+    texts = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert ("0.5" in texts) is plain and any("10^" in t for t in texts) is not plain
+
+
 def test_what_cannot_be_saved(density, tmp_path):
     figure, data = plots.plot_density(density)
     with pytest.raises(ValueError, match="has no data to stand beside it"):
