@@ -35,7 +35,8 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
     function within one step; between steps its data may change (resampled points). Under data parallelism it must
     return the loss averaged over the processes, as the gradients are. Why the last step ended is in ``reason``.
 
-    Memory: ``2 * history_size + rank`` numbers a parameter, and about six vectors while a step runs.
+    Memory: ``2 * history_size + rank`` numbers a parameter; about six vectors more while a step runs, and five blocks of
+    ``rank`` vectors while the basis is refreshed.
 
     Args:
         params: parameters or groups; all groups share every setting, lr included.
@@ -43,7 +44,7 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
         max_iter: iterations a step.
         max_eval: calls of the closure a step, without those for curvature; ``2 * max_iter`` by default.
         tolerance_grad: a step ends when no entry of the gradient is larger.
-        tolerance_change: a step ends when neither a parameter nor the loss changes by more.
+        tolerance_change: a step ends when no parameter moved by more, or the loss changed by less.
         history_size: pairs of L-BFGS.
         line_search_fn: ``"armijo"`` (backtracking by interpolation), ``"strong_wolfe"``, or None for a fixed step.
         rank: eigenpairs asked for; 0 for none.
