@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvopt._params import ParameterLayout
 from curvopt.curvature import GGN, Hessian
@@ -424,3 +425,50 @@ def test_dense_operator_over_the_parameters():
     start = flat(params).norm()
     opt.step(closure_of(op, opt))
     assert float(flat(params).norm() / start) <= 1e-10
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts float(), bool() and item() of tensors, each of which would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("search", ["armijo", "strong_wolfe"])
+def test_iterations_read_the_device_once_an_evaluation_and_once_a_search(search, monkeypatch):
+    model, x, y = network()
+    opt = SubspaceLBFGS(
+        model.parameters(),
+        rank=4,
+        history_size=5,
+        refresh_at=(8,),
+        refresh_every="frozen",
+        line_search_fn=search,
+        max_eval=10_000,
+    )
+    train(model, x, y, opt, 1)
+    assert opt.stats()["kept"] >= 1 and opt.stats()["pairs"] == 5
+    before, lists = opt.stats(), []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (lists.append(1), original(t))[1])
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with ScalarReads() as mode:
+        opt._quasi.evaluate.begin(closure, opt._quasi.counts)
+        with torch.no_grad():
+            opt._quasi.run(closure, opt._quasi.evaluate(), opt._settings())
+    after = opt.stats()
+    assert mode.count == 0
+    evaluations = after["closure_calls"] - before["closure_calls"]
+    searches = after["iterations"] - before["iterations"] + after["failures"] - before["failures"]
+    assert searches == 20 and len(lists) == evaluations + searches
