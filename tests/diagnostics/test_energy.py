@@ -18,6 +18,7 @@ from curvopt.curvature.ggn import GGN
 from curvopt.curvature.hessian import Hessian
 from curvopt.curvature.second_moment import GradientSecondMoment
 from curvopt.diagnostics.energy import Energy, curvature_energy
+from curvopt.linalg.eigsh import eigsh
 from tests.problems import BY_NAME
 from tests.reference import dense_ggn, dense_hessian
 
@@ -143,6 +144,12 @@ def test_eigenvectors_hold_their_eigenvalues():
     close(energy.hessian.trace.dominant, values[-2:].sum())
     close(energy.hessian.frobenius.dominant, values[-2:].square().sum())
     close(energy.hessian.compressed, energy.hessian.frobenius.dominant)
+
+
+def test_a_basis_may_be_what_an_eigensolver_returned():
+    op, _ = made()
+    result = eigsh(op, 3, tol=1e-8)
+    assert curvature_energy(op, result) == curvature_energy(op, result.eigenvectors)
 
 
 @pytest.mark.parametrize("kind", [GGN, FunctionalHessian, GradientSecondMoment])

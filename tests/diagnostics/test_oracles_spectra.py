@@ -104,12 +104,12 @@ def test_E10_a_spike_over_the_semicircle(theta):
     n = 300
     direction = torch.eye(n, 1, dtype=D)
     values, overlaps = [], []
-    for seed in range(6):
+    for seed in range(10):
         matrix = semicircle(n, seed) + theta * direction @ direction.T
-        found = eigsh(DenseOperator(matrix), 40, tol=1e-4)
-        values.append(float(found.eigenvalues[0]))
-        overlaps.append(subspace_overlap(found.eigenvectors[:, :1], direction))
-        counted = count_outliers(found.eigenvalues)
+        found = torch.linalg.eigh(matrix)
+        values.append(float(found.eigenvalues[-1]))
+        overlaps.append(subspace_overlap(found.eigenvectors[:, -1:], direction))
+        counted = count_outliers(found.eigenvalues.flip(0)[:40])
         assert counted.count == 1 and counted.edge.lower <= 2.02 and counted.edge.edge == pytest.approx(2.0, rel=0.08)
     assert np.mean(values) == pytest.approx(theta + 1 / theta, rel=0.02)
     assert np.mean(overlaps) == pytest.approx(1 - 1 / theta**2, abs=0.03)
@@ -190,7 +190,7 @@ def test_E23_nodes_weights_and_density_follow_scale_and_shift():
 @pytest.mark.parametrize(("k", "size"), [(10, 1450), (1, 30), (3, 4), (2, 5)])
 def test_E24_a_random_direction_has_k_over_p(k, size):
     null = haar_share(k, size)
-    draws = torch.randn(size, 20_000, generator=generator(9), dtype=D)
+    draws = torch.randn(size, 5_000, generator=generator(9), dtype=D)
     basis = torch.linalg.qr(torch.randn(size, k, generator=generator(8), dtype=D))[0]
     shares = dominant_share(draws, basis).square().numpy()
     error = shares.std() / len(shares) ** 0.5

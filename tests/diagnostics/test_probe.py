@@ -103,6 +103,24 @@ def test_a_probed_run_is_bit_identical_to_an_unprobed_one(name, kind, closure):
     assert np.isfinite(table["chi_update"]).all() and np.isfinite(table["chi_minibatch"]).all()
 
 
+def test_curvature_data_from_the_training_loader_itself():
+    finals = []
+    for probed in (False, True):
+        model, x, y, loss_fn, optimizer = double_world()
+        loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+        torch.manual_seed(4)
+        probe = Probe(curvopt.Hessian(model, loss_fn, loader), optimizer, 4, rank=2) if probed else None
+        for _ in range(2):
+            for a, b in loader:
+                optimizer.zero_grad()
+                loss_fn(model(a), b).backward()
+                optimizer.step()
+        finals.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*finals) and probe.table()["step"].tolist() == [0, 4, 8]
+    state = loss_fn(model(x), y).item()
+    assert probe.view.loss().item() == pytest.approx(state), "every example once, read once for the whole run"
+
+
 def test_an_optimizer_that_calls_its_closure_many_times():
     finals = []
     for probed in (False, True):
