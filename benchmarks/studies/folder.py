@@ -111,10 +111,16 @@ class StudyFolder:
         path.mkdir(parents=True)
         return path
 
-    def finish(self, part: Part, outcome: Outcome, rows: list[dict[str, Any]], measured: dict[str, Any]) -> None:
+    def warnings(self, part: Part) -> list[str]:
+        """Names of the warnings that a part gave."""
+        return list(json.loads((self.part(part) / "result.json").read_text())["warnings"])
+
+    def finish(
+        self, part: Part, outcome: Outcome, rows: list[dict[str, Any]], warnings: list[str], measured: dict[str, Any]
+    ) -> None:
         """Store a part; ``result.json`` comes last, whole or not at all, and marks it as done."""
         if outcome.tensors:
             kept = {k: v.detach().to("cpu", copy=True) for k, v in outcome.tensors.items()}
             atomic_torch_save(kept, self.part(part) / "tensors.pt")
-        found = encode({"values": outcome.values, "rows": rows, "measured": measured})
+        found = encode({"values": outcome.values, "rows": rows, "warnings": warnings, "measured": measured})
         atomic_write_json(self.part(part) / "result.json", found, indent=None)

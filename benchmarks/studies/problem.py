@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -42,6 +42,11 @@ class ImageProblem:
     def rank(self) -> int:
         """Where the gap of the spectrum is expected: C for the squared loss, C - 1 for softmax cross-entropy."""
         return self.classes - (not isinstance(self.loss_fn, HalfSquaredError))
+
+    def double(self) -> ImageProblem:
+        """The same in float64."""
+        train, test = ((x.double(), y.double() if y.is_floating_point() else y) for x, y in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:

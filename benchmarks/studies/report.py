@@ -25,6 +25,7 @@ class StudyReport:
         figures: PNG files, each with PDF, CSV and its command beside it.
         data: in words.
         seconds: of all parts together, measured.
+        warnings: by name, how many parts gave it.
         commits: of the code that ran the parts.
         place: versions and machine of the last process.
         command: that made it.
@@ -36,6 +37,7 @@ class StudyReport:
     figures: list[Path]
     data: str
     seconds: float
+    warnings: dict[str, int]
     commits: list[str]
     place: dict[str, Any]
     command: str
@@ -56,6 +58,7 @@ class StudyReport:
             "overrides": list(c.overrides),
             "verdicts": tally(self.claims),
             "claims": [claim.as_dict() for claim in self.claims],
+            "warnings": self.warnings,
             "figures": [p.name for p in self.figures],
             "measured": {"seconds": self.seconds, "commits": self.commits, "command": self.command, **self.place},
         }
@@ -72,6 +75,8 @@ def section(report: StudyReport, figures: str) -> str:
         f"{', '.join(report.commits)}, {str(place.get('date', '?'))[:10]}."
     )
     pictures = "\n\n".join(f"![{p.stem.replace('_', ' ')}]({figures}/{p.name})" for p in report.figures)
+    if report.warnings:
+        facts += f" Warnings: {', '.join(f'{name} in {n} parts' for name, n in report.warnings.items())}."
     parts = [f"## {c.name}: {c.file.title}", c.file.question, facts, f"Verdicts: {tally(report.claims)}."]
     made = f"Made by `{report.command}`." if report.command else ""
     return "\n\n".join(t for t in (*parts, markdown(report.claims).rstrip(), pictures, made) if t) + "\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from benchmarks.studies.claims import judge_all, tally
 from benchmarks.studies.config import StudyConfig
 from benchmarks.studies.folder import StudyFolder
 from benchmarks.studies.report import StudyReport, page
-from curvopt._errors import GapWarning
+from curvopt._errors import GapWarning, RefreshWarning
 from curvopt.diagnostics.plots import save_figure
 
 
@@ -112,9 +114,7 @@ def _do(
         if lab.device.type == "cpu":
             torch.set_num_threads(1)  # sums split over threads round differently from machine to machine
         torch.manual_seed(1000 * part.seed + 7)
-        with warnings.catch_warnings():
-            # The gap is measured and judged; a warning a part would only repeat it.
-            warnings.simplefilter("ignore", GapWarning)
+        with _collected() as notices:
             outcome: Outcome = config.study.run(part, lab)
         seconds = time.perf_counter() - start
         sinks.summary({k: v for k, v in outcome.values.items() if isinstance(v, (bool, int, float, str))})
@@ -122,8 +122,22 @@ def _do(
     finally:
         torch.set_num_threads(threads)
         sinks.finish(status)
-    folder.finish(part, outcome, lab.rows, {**place, "seconds": seconds})
+    folder.finish(part, outcome, lab.rows, sorted(set(notices)), {**place, "seconds": seconds})
     return seconds
+
+
+@contextmanager
+def _collected() -> Iterator[list[str]]:
+    """Names of the warnings about refreshes and gaps, to be counted on the page; all others are shown as they come."""
+    names: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield names
+    for w in caught:
+        if issubclass(w.category, GapWarning | RefreshWarning):
+            names.append(w.category.__name__)
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def _judge(
@@ -145,6 +159,7 @@ def _judge(
         figures=figures,
         data=config.study.describe_data(),
         seconds=sum(float(m["seconds"]) for m in measured),
+        warnings=dict(sorted(Counter(name for part in parts for name in folder.warnings(part)).items())),
         commits=sorted({str(m["commit"]) for m in measured}),
         place=place,
         command=command or "",

@@ -69,19 +69,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """What follows the switch: coefficients of the dominant part and of the bulk, None for plain SGD."""
+    """What follows the switch: coefficients of the dominant part and of the bulk, None for plain SGD.
+
+    Full-batch descent runs in float64: its gradient's dominant part becomes so small that in float32 the rounding of the
+    weights alone moves the effective learning rate there by several per cent.
+    """
 
     dominant: float | None = None
     bulk: float | None = None
     momentum: float = 0.0
     full_batch: bool = False
+    double: bool = False  # float64
     hot: bool = False
     refresh: str = "usual"  # usual, lazy or frozen
 
 
 MSE = {
     "sgd": Arm(),
-    "gd": Arm(full_batch=True),
+    "gd": Arm(full_batch=True, double=True),
     "dom": Arm(1.0, 0.0),
     "bulk": Arm(0.0, 1.0),
     "half-bulk": Arm(1.0, 0.5),
@@ -179,8 +184,11 @@ class SharpFlat(Study):
         if arm == "warmup":
             return self._warm_up(problem, model, lr, part.seed, lab)
         start = lab.needs[f"{loss}-warmup"]
+        chosen = _ARMS[loss][arm]
+        if chosen.double:
+            problem, model = problem.double(), model.double()
         set_weights(model, start.load()["weights"])
-        return self._arm(_ARMS[loss][arm], problem, model, lr, part.seed, start, lab)
+        return self._arm(chosen, problem, model, lr, part.seed, start, lab)
 
     def _warm_up(self, problem: ImageProblem, model: nn.Module, lr: float, seed: int, lab: Lab) -> Outcome:
         s = self.settings
