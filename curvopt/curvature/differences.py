@@ -76,8 +76,8 @@ def difference_product(
     if scheme == "forward":
         if base is None:
             raise ValueError("scheme='forward' needs the gradient at the parameters themselves")
-        return (ahead - base) / h
-    return (ahead - gradient_at(-displacement)) / (2 * h)
+        return (ahead - base).div_(h)
+    return (ahead - gradient_at(-displacement)).div_(2 * h)
 
 
 def truncation_error(product: Callable[[float], Tensor], scheme: str = "central") -> float:

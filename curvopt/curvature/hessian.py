@@ -232,6 +232,7 @@ class Hessian(ProblemOperator):
         super().__init__(problem)
         self.scheme = scheme
         self._base: tuple[object, Tensor] | None = None
+        self._scale: tuple[object, Tensor] | None = None
         self._route = Route(route)
         self._graphs: GraphCache[GradientGraph] = GraphCache(problem, graph_budget)
         self._holds = 0
@@ -288,7 +289,7 @@ class Hessian(ProblemOperator):
             self._holds -= 1
             if self._holds == 0:
                 self._graphs.clear()
-                self._displaced = self._base = None
+                self._displaced = self._base = self._scale = None
 
     # ---- products
     def _multiply(self, rows: Tensor) -> Tensor:
@@ -331,11 +332,12 @@ class Hessian(ProblemOperator):
         return self._base[1]
 
     def _difference(self, row: Tensor, factor: float = 1.0) -> Tensor:
-        params = self.layout.params
+        here = self.problem.point
+        if self._scale is None or self._scale[0] != here:
+            self._scale = (here, scale_of(self.layout.params))
         base = self._base_gradient() if self.scheme == "forward" else None
-        return difference_product(
-            self._gradient_at, row, scale_of(params), params[0].dtype, self.scheme, factor, base=base
-        )
+        dtype = self.layout.params[0].dtype
+        return difference_product(self._gradient_at, row, self._scale[1], dtype, self.scheme, factor, base=base)
 
     def error_estimate(self, vector: Tensor) -> float:
         """Relative error of a finite-difference product, from the steps h and 2h; four gradients (forward: three)."""

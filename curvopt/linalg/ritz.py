@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, rotate_rows, seeded_generator
+from curvopt.linalg.orthogonal import (
+    cholesky_rows,
+    exact_arithmetic,
+    orthonormalize_rows,
+    rotate_rows,
+    seeded_generator,
+)
 
 _CHUNK = 1 << 16
 
@@ -93,20 +99,36 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerI
             image = image.clone()
         rotate_rows(image, turn)
         residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows))
-        new, rank = orthonormalize_rows(image, generator=seeded_generator(seed, device))
-        shares = (new[:k] @ rows[:k].T).square().sum() / k
-        verdict = torch.cat([residuals, shares[None]]).to("cpu", torch.float64)
+        new, overlap, rank = _orthonormalized(
+            image, rows, vectors.T @ grams[0], generator=seeded_generator(seed, device)
+        )
+        verdict = residuals.to("cpu", torch.float64)
     return PowerImage(
         rows=new,
         ritz_values=torch.from_numpy(values),
-        residual_norms=verdict[:-1],
-        overlap=min(1.0, float(verdict[-1])),
+        residual_norms=verdict,
+        overlap=min(1.0, overlap),
         finite=True,
         positive=bool((values[:k] > 0).all()),
         probe_won=bool((vectors[k, :k] ** 2).sum() > 0.5),
         rank=rank,
         matvecs=k + 1,
     )
+
+
+def _orthonormalized(
+    image: Tensor, rows: Tensor, inner: np.ndarray, generator: torch.Generator
+) -> tuple[Tensor, float, int]:
+    """New rows from images, their overlap with the old ones (the probe left out), and how many images were independent.
+
+    ``inner`` is ``image @ rows.T``: where the new rows are a known combination of the images it gives the overlap.
+    """
+    k = len(rows) - 1
+    if (quick := cholesky_rows(image)) is not None:
+        new, combination = quick
+        return new, float(((combination @ inner)[:k, :k] ** 2).sum()) / k, k + 1
+    new, rank = orthonormalize_rows(image, generator=generator)
+    return new, float((new[:k] @ rows[:k].T).square().sum()) / k, rank
 
 
 def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor) -> Tensor:

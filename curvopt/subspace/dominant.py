@@ -349,6 +349,8 @@ class DominantSubspace:
         most = max(int((self._values[g] > 0).sum()), int((solution.values > 0).sum()))
         if not self.ready or not most:
             return None
+        if solution.overlap is not None:
+            return torch.tensor(solution.overlap)
         rows = solution.rows
         return torch.linalg.matrix_norm(self._rows(self.groups[g], rows.dtype) @ rows.T).square() / most
 
@@ -368,8 +370,9 @@ class DominantSubspace:
 
     def measure_mass(self) -> None:
         """Share of each row that lies in each parameter, (parameters, k): what a learning rate per group needs."""
-        rows = [b.reshape(self.rank, -1).double().square().sum(1) for b in self.blocks]
-        self.mass = torch.stack(rows).cpu()
+        exact = torch.promote_types(self.dtype, torch.float32)
+        rows = [torch.linalg.vector_norm(b.reshape(self.rank, -1), dim=1, dtype=exact) for b in self.blocks]
+        self.mass = torch.stack(rows).cpu().double().square()
 
     # ---- saving
     def scalars(self) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg import eigsh, power_image
 from curvopt.linalg.orthogonal import orthonormalize_rows
 
-# A block power step shrinks the error along v_{k+1} by lambda_{k+1}/lambda_k; below this gap Krylov is cheaper.
-_IMAGE_GAP = 1.3
+# A block power step shrinks the error along v_{k+1} by lambda_{k+1}/lambda_k; below this gap Krylov is cheaper. An image
+# is not tested against tol: whoever asks for a tight one gets it only where the gap is wide.
+_IMAGE_GAP, _WIDE_GAP = 1.2, 1.3
+_TIGHT = 1e-3
 # Estimated share of the basis that one power step leaves wrong; above it the step is followed by Lanczos.
 _IMAGE_ERROR = 0.04
 # A next value this far below zero, beside the largest, is one; above it is rounding of a zero.
@@ -45,6 +47,11 @@ class Plan:
     tol: float
     max_matvecs: int
     seed: int
+
+    @property
+    def image_gap(self) -> float:
+        """lambda_k / lambda_{k+1} from which one block power step is enough."""
+        return _WIDE_GAP if self.tol < _TIGHT else _IMAGE_GAP
 
     @property
     def warm_matvecs(self) -> int:
@@ -89,8 +96,10 @@ class Spectrum:
             return "krylov"
         if self.next_value < -_ROUNDING * float(self.values[0]):
             return "krylov"
-        bound = self.next_value + self.next_residual
-        return "image" if float(self.values[-1]) >= _IMAGE_GAP * bound else "krylov"
+        # Temple's bound on the eigenvalue behind a Ritz value, with no eigenvalue between it and the k-th
+        distance = max(float(self.values[-1]) - self.next_value, 1e-300)
+        bound = self.next_value + min(self.next_residual, self.next_residual**2 / distance)
+        return "image" if float(self.values[-1]) >= plan.image_gap * bound else "krylov"
 
     def worst_matvecs(self, plan: Plan, size: int) -> int:
         """Products that a refresh from here may spend at most."""
@@ -138,6 +147,7 @@ class Solution:
         converged: every residual met the tolerance; an image is not tested and counts as converged.
         reason: in words.
         guard_matvecs: products of the look for skipped values.
+        overlap: with the old rows, ``||V_new V_old^T||_F^2 / k``, where the solver has it already.
     """
 
     rows: Tensor
@@ -150,6 +160,7 @@ class Solution:
     converged: bool
     reason: str
     guard_matvecs: int = 0
+    overlap: float | None = None
 
     def resize(self, rank: int) -> None:
         """Zero rows and values up to ``rank``, for a matrix smaller than that."""
@@ -162,6 +173,7 @@ class Solution:
     def select(self, keep: Tensor) -> None:
         """Move the rows that ``keep`` (k,) marks to the front, in their order; the others become zero."""
         index = torch.nonzero(keep).squeeze(1)
+        self.overlap = None
         rows, values, residuals = self.rows, self.values, self.residuals
         self.rows, self.values, self.residuals = map(torch.zeros_like, (rows, values, residuals))
         n = index.shape[0]
@@ -276,8 +288,9 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
 
 def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
-    # A cache in half precision is orthonormal to its own rounding only.
-    rows, _ = orthonormalize_rows(torch.cat([cached.rows, cached.probe[None]]), generator=generator)
+    rows = torch.cat([cached.rows, cached.probe[None]])
+    if not _orthonormal(rows):  # a cache in half precision is so to its own rounding only
+        rows, _ = orthonormalize_rows(rows, generator=generator)
     image = power_image(operator, rows, seed=plan.seed)
     if not image.finite:
         raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")
@@ -285,7 +298,7 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     values = image.ritz_values
     ratio = math.inf if values[k - 1] <= 0 else abs(float(values[k] / values[k - 1]))
     left = plan.max_matvecs - image.matvecs
-    trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * _IMAGE_GAP <= 1
+    trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * plan.image_gap <= 1
     if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:
         start = image.rows if image.positive else rows
         tol = Spectrum(values[:k], float(values[k]), 0.0, True).warm_tolerance(plan)
@@ -300,4 +313,12 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
         kind="image",
         converged=True,
         reason=f"one block power step of {k + 1} products",
+        overlap=image.overlap if cached.spectrum.live == k else None,
     )
+
+
+def _orthonormal(rows: Tensor) -> bool:
+    """To ten times what sums of P products of the rows' dtype leave."""
+    gram = (rows @ rows.T).to("cpu", torch.float64)
+    error = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()
+    return bool(error <= 100 * torch.finfo(rows.dtype).eps)

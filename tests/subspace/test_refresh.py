@@ -71,7 +71,8 @@ def turn(op, angle, i, j):
         (dict(), "image"),
         (dict(values=[]), "cold"),
         (dict(values=[9.0, 8.0]), "krylov"),  # fewer rows than wanted
-        (dict(next_value=4.0), "krylov"),  # 5 / 4 is no gap for a power step
+        (dict(next_value=4.0), "image"),  # 5 / 4 is gap enough
+        (dict(next_value=4.3), "krylov"),  # 5 / 4.3 is none for a power step
         (dict(next_residual=2.0), "krylov"),  # ... and 5 / (3 + 2) may be none
         (dict(next_value=-2.0, next_residual=0.0), "krylov"),  # the probe follows the negative end
         (dict(next_value=0.0), "image"),
