@@ -32,7 +32,8 @@ class Settings:
 
     Attributes:
         gmm_classes, gmm_dimension, gmm_snr: of the mixture of k Gaussians; ``gmm_weak_snr`` below the transition.
-        gmm_steps, gmm_early, gmm_samples: single-sample steps, and fresh samples for H and M, over the dimension.
+        gmm_steps, gmm_early, gmm_samples: single-sample steps, and fresh samples for H and M, over the dimension;
+            ``gmm_weak_samples`` for the weak signal.
         xor_dimension, xor_snr, xor_steps, xor_samples: likewise; ``xor_weak_snr`` without the ridge.
         xor_neurons, xor_runs: widths of the first layer, and runs of each a seed.
         ridge, rate: weight decay, and learning rate times dimension.
@@ -47,6 +48,7 @@ class Settings:
     gmm_steps: int = 20
     gmm_early: int = 5
     gmm_samples: int = 20
+    gmm_weak_samples: int = 4
     xor_dimension: int = 100
     xor_snr: float = 100.0
     xor_weak_snr: float = 20.0
@@ -126,7 +128,8 @@ class Alignment(Study):
         generator = torch.Generator().manual_seed(1000 * seed + 11)
         start = torch.randn(k, d, generator=generator) / d**0.5
         stream = gmm_samples(s.gmm_steps * d, k, d, snr, generator)
-        fresh = gmm_samples(s.gmm_samples * d, k, d, snr, generator)
+        count = s.gmm_weak_samples if arm == "weak" else s.gmm_samples
+        fresh = gmm_samples(count * d, k, d, snr, generator)
         data = (fresh[0].to(lab.device), fresh[1].to(lab.device))
         for number, (step, w) in enumerate(gmm_sgd(start, stream, s.rate / d, ridge, self._stops())):
             model = Heads(w).to(lab.device)

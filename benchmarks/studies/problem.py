@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -78,7 +80,7 @@ def image_problem(
     """
     if loss not in LOSSES:
         raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    found = [data.load_images(dataset, train=t) for t in (True, False)]
+    found = [_images(dataset, t, os.environ.get("CURVOPT_DATA")) for t in (True, False)]
     full = found[0].inputs.shape[-1]
     if side < 1 or full % side:
         raise ConfigError(f"side={side} does not divide the images of {dataset}, {full} x {full}")
@@ -101,6 +103,12 @@ def image_problem(
         classes=classes,
         source=f"{found[0].name}, the first {examples:,} training images at {side} x {side} ({found[0].source})",
     )
+
+
+@lru_cache(maxsize=4)
+def _images(dataset: str, train: bool, folder: str | None) -> data.ImageData:
+    """Read once a process: a study has dozens of parts. ``folder`` is where the data lie, for the cache to tell apart."""
+    return data.load_images(dataset, train=train)
 
 
 def mlp(widths: Sequence[int], *, activation: type[nn.Module] = nn.Tanh, batch_norm: bool = False) -> nn.Sequential:
