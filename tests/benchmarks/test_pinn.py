@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from benchmarks import tasks
 from benchmarks.config import ConfigError, compose_run, run_directory
@@ -15,10 +16,11 @@ from benchmarks.protocol.checkpoint import RunFolder
 from benchmarks.protocol.train import Run, execute
 from benchmarks.sinks import read_jsonl
 from benchmarks.tasks.pinn import Pinn
+from curvopt.curvature import GGN
 
 each = pytest.mark.parametrize("name", EQUATIONS)
 SMALL = ["task.hidden=[8,8]", "task.interior_points=40", "task.initial_points=10", "task.boundary_points=8"]
-SMALL += ["task.curvature_examples=15"]
+SMALL += ["task.curvature_examples=15", "task.grid=15"]
 
 
 def derivatives(function, points):
@@ -189,3 +191,33 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
             part._step(part.task.batch(part.order.next()))
     assert first.optimizer.stats()["refreshes"] == 2
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+@each
+def test_curvature_of_residuals(name):
+    task = tasks.build(compose_run(f"pinn_{name}", "lbfgs", SMALL).task)
+    model = task.model(0)
+    params = list(model.parameters())
+    inputs, targets = task.curvature_batch()
+    vector = torch.randn(sum(p.numel() for p in params), dtype=torch.float64)
+    jacobian = torch.cat(
+        [
+            j.flatten(1)
+            for j in torch.autograd.functional.jacobian(lambda *p: _residuals(model, p, inputs), tuple(params))
+        ],
+        dim=1,
+    )
+    gauss_newton = 2 / len(inputs) * jacobian.T @ (jacobian @ vector)
+    found = GGN(model, task.loss_fn, (inputs, targets)) @ vector
+    # the same sums in another order: eps times the Jacobian's condition, seen through its largest entries
+    assert float((found - gauss_newton).norm() / gauss_newton.norm()) < 1e-10
+    (*gradient,) = torch.autograd.grad(task.loss(model, (inputs, targets)), params, create_graph=True)
+    product = torch.autograd.grad(torch.cat([g.flatten() for g in gradient]) @ vector, params)
+    exact = torch.cat([p.flatten() for p in product])
+    assert float((task.curvature(model) @ vector - exact).norm() / exact.norm()) < 1e-10
+
+
+def _residuals(model, params, inputs):
+    """The model's outputs (N,) as a function of its parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    return functional_call(model, dict(zip(names, params, strict=True)), (inputs,))[:, 0]
