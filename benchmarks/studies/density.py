@@ -224,12 +224,18 @@ class DensityStudy(Study):
                 if special:
                     report = outliers(hessian, expected=rank, veto=False, smallest=True, seed=seed)
                     counts[str(step)] = report.as_dict()
-                    seen = curvopt.spectral_density(
-                        hessian, steps=s.lanczos_steps, probes=s.probes, deflate=found, seed=seed
-                    )
+                    seen = self._density(hessian, found, rank, seed)
                     tensors[f"density-{step}"] = torch.stack([seen.grid, seen.density, seen.standard_error])
         values = {"counts": counts, "rank": rank, "parameters": hessian.shape[0]}
         return Outcome({**values, "products": hessian.matvecs}, tensors)
+
+    def _density(
+        self, hessian: curvopt.Hessian, found: curvopt.EigenResult, rank: int, seed: int
+    ) -> curvopt.SpectralDensity:
+        """With the first ``rank`` eigenpairs as atoms."""
+        s = self.settings
+        known = found.eigenvalues[:rank], found.eigenvectors[:, :rank]
+        return curvopt.spectral_density(hessian, steps=s.lanczos_steps, probes=s.probes, deflate=known, seed=seed)
 
     def _network(self, kind: str, batch_norm: bool, seed: int, lab: Lab) -> tuple[ImageProblem, nn.Module]:
         s = self.settings
@@ -265,7 +271,7 @@ class DensityStudy(Study):
         if batch_norm:
             views["eval"] = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="eval")
         if kind == "cnn":
-            lr, steps, marks = s.cnn_lr, s.cnn_steps, {0, s.cnn_steps}
+            lr, steps, marks = s.cnn_lr, s.cnn_steps, {s.cnn_steps}
         else:
             lr, steps, marks = s.bn_lr, s.bn_steps, {0, s.bn_early, s.bn_middle, s.bn_steps}
         drawn = list(islice(batches(problem, s.batch_size, seed + 500), s.mass_batches))
@@ -287,10 +293,8 @@ class DensityStudy(Study):
                         f"mass_{mode}": share.minibatch.value,
                         f"full_mass_{mode}": share.full,
                     }
-                    if step == steps:
-                        seen = curvopt.spectral_density(
-                            hessian, steps=s.lanczos_steps, probes=s.probes, deflate=found, seed=seed
-                        )
+                    if step == steps and kind == "relu":
+                        seen = self._density(hessian, found, problem.rank, seed)
                         tensors[f"density-{mode}"] = torch.stack([seen.grid, seen.density, seen.standard_error])
             if row or step % _LOG_EVERY == 0:
                 loss = float(train.loss())
@@ -391,15 +395,21 @@ class DensityStudy(Study):
         first = next(iter(seeds.values()))
         norms = {"no BatchNorm": ("relu-plain", "train"), "training mode": ("relu-bn", "train"),
                  "evaluation mode": ("relu-bn", "eval")}  # fmt: skip
-        cnns = {name: (f"cnn-{arm.partition('-')[2]}", mode) for name, (arm, mode) in norms.items()}
         courses = {
             loss: {f"step {t}": (f"tanh-{loss}", str(t)) for t in sorted({0, s.middle, s.steps})} for loss in _LOSSES
         }
         panels = (("tanh, cross-entropy", courses["ce"]), ("tanh, squared loss", courses["mse"]),
-                  ("ReLU, BatchNorm", norms), ("convolutional, BatchNorm", cnns))  # fmt: skip
-        for ax, (title, curves) in zip(axes[0], panels, strict=True):
+                  ("ReLU, BatchNorm", norms))  # fmt: skip
+        for ax, (title, curves) in zip(axes[0, :3], panels, strict=True):
             densities = {name: first[arm].load()[f"density-{key}"] for name, (arm, key) in curves.items()}
             data += _draw_densities(ax, densities, title)
+        names = {"ce": r"cross-entropy, $k = C - 1$", "mse": r"squared loss, $k = C$"}
+        for i, (loss, name) in enumerate(names.items()):
+            found = spread([arms[f"tanh-{loss}"].column("gap") for arms in seeds.values()])
+            draw_band(axes[0, 3], *found, i, name)
+            data += band_rows({name: found}, "tanh", "gap")
+        label_axes(axes[0, 3], "steps", r"$\lambda_k/\lambda_{k+1}$", title="tanh, gap")
+        axes[0, 3].legend()
         for ax, (column, words) in zip(
             axes[1, :2], {"spread": r"$\lambda_1/\lambda_{20}$", "mass": "mini-batch gradient's share"}.items(),
             strict=True,

@@ -22,6 +22,7 @@ from curvopt.diagnostics.plots import draw_band, label_axes, new_figure, spread,
 
 _LOSSES = {"ce": "cross_entropy", "mse": "mse"}
 _RANK = 1e-4  # eigenvalues above this, relative to lambda_1, count as not zero
+_SHOWN = 1e-7  # lowest eigenvalue in pictures, likewise
 _LOOK_EVERY = 10  # steps between values of the training loss
 
 
@@ -455,7 +456,7 @@ class OutliersStudy(Study):
                 found = [arms[f"line-{kind}"].values[name] for arms in seeds.values()]
                 lines[text] = spread([(f["t"], f["loss"]) for f in found])
                 if kind == "bn":
-                    lines[f"{text}, interpolated statistics"] = spread([(f["t"], f["interpolated"]) for f in found])
+                    lines[f"{text}, interpolated"] = spread([(f["t"], f["interpolated"]) for f in found])
             title = "without BatchNorm" if kind == "plain" else "with BatchNorm"
             data += _draw(axes[row, 2], {}, f"line {title}", lines)
             label_axes(axes[row, 2], "place on the line", "train loss", title=title, log_y=True)
@@ -465,8 +466,8 @@ class OutliersStudy(Study):
 
 
 def sorted_view(values: Tensor) -> tuple[list[float], list[float]]:
-    """Ranks and values relative to the first, where positive."""
-    kept = values[values > 0] / values[0]
+    """Ranks and values relative to the first, as far as they stand out of rounding."""
+    kept = values[values > _SHOWN * values[0]] / values[0]
     return [float(i + 1) for i in range(len(kept))], kept.tolist()
 
 
