@@ -133,7 +133,7 @@ def load_study(
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
     where = path or CONFIGS / "study" / f"{name}.yaml"
-    file = _read(where)
+    file = read_file(where)
     dataset = next((d for d in file.data if at_hand(d)), None)
     if dataset is None:
         raise ConfigError(
@@ -141,13 +141,18 @@ def load_study(
         )
     cls = known[name]
     layers = [file.settings, file.sizes.get(size) or {}, file.per_data.get(dataset) or {}]
-    settings = _settings(cls, layers, overrides, where)
+    settings = resolve(cls, layers, overrides, where)
     study = cls(settings, dataset)
     study.check()
     return StudyConfig(name, size, file, study, tuple(range(seeds)), tuple(overrides))
 
 
-def _read(path: Path) -> StudyFile:
+def read_file(path: Path) -> StudyFile:
+    """A study's file.
+
+    Raises:
+        ConfigError: there is none, an unknown key, or a claim without a threshold or an id of its own.
+    """
     if not path.exists():
         raise ConfigError(f"no study at {path}")
     try:
@@ -167,7 +172,12 @@ def _read(path: Path) -> StudyFile:
     return file
 
 
-def _settings(cls: type[Study], layers: Sequence[Any], overrides: Sequence[str], path: Path) -> Any:
+def resolve(cls: type[Study], layers: Sequence[Any], overrides: Sequence[str], path: Path) -> Any:
+    """The settings that layers and ``key=value`` give, later ones first in force.
+
+    Raises:
+        ConfigError: an unknown setting, or a value of the wrong type.
+    """
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"expected KEY=VALUE, got {word!r}")

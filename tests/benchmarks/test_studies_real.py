@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "sharp-flat": "examples=100 side=4 hidden=[5] batch_size=20 steps=12 switch_after=4 switch_by=8 align_every=4 "
     "refresh_every=4 measure_every=4 log_every=2 probes=4",
-    "displacement": "examples=100 side=4 hidden=[5] batch_size=20 steps=20 record_every=5 lag=5 burn_in=5 draws=2",
+    "displacement": "examples=100 side=4 hidden=[5] batch_size=20 steps=10 record_every=5 lag=5 burn_in=5 draws=2",
     "alignment": "gmm_dimension=12 gmm_classes=3 gmm_steps=4 gmm_early=2 xor_dimension=6 xor_steps=5 xor_neurons=[3,4] "
     "xor_runs=[2,1] examples=100 side=4 hidden=6 batch_size=20 steps=12 poor_step=3",
 }
