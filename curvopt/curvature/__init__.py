@@ -1,6 +1,8 @@
 """Curvature as symmetric operators: what is multiplied, never how its eigenvectors are found."""
 
+from curvopt.curvature.class_directions import class_directions as class_directions
 from curvopt.curvature.closure import ClosureHessian as ClosureHessian
+from curvopt.curvature.cost import Cost as Cost
 from curvopt.curvature.dense import DenseOperator as DenseOperator
 from curvopt.curvature.dense import DiagonalOperator as DiagonalOperator
 from curvopt.curvature.dense import PlantedSpectrum as PlantedSpectrum
@@ -14,6 +16,7 @@ from curvopt.curvature.second_moment import GradientSecondMoment as GradientSeco
 __all__ = [
     "GGN",
     "ClosureHessian",
+    "Cost",
     "DenseOperator",
     "DiagonalOperator",
     "FunctionalHessian",
@@ -22,4 +25,5 @@ __all__ = [
     "PlantedSpectrum",
     "Problem",
     "SymmetricOperator",
+    "class_directions",
 ]

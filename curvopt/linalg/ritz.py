@@ -58,7 +58,7 @@ class PowerImage:
         return self.rows[-1]
 
 
-def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerImage:
+def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed: int = 0) -> PowerImage:
     """Replace a basis by its image: k + 1 products, Rayleigh-Ritz in the old space for nothing more.
 
     Rayleigh-Ritz alone cannot leave the old space. The images that it has paid for can: the error in a direction that
@@ -71,11 +71,16 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerI
     Args:
         op: the operator (P, P).
         rows: orthonormal rows (k + 1, P): k wanted, most wanted first, and the probe.
+        gain: share of what lies outside the old space that the new rows take, ``theta_i x_i + gain (A x_i - theta_i
+            x_i)``. Below 1 it averages over calls, which pays where A is another sample each time: a mini-batch's
+            eigenvectors differ from all data's by more than a basis ages. The probe always takes everything.
         seed: of the random directions that replace dependent images.
 
     Raises:
-        ValueError: fewer than two rows, a wrong shape, or rows that are not orthonormal to 1e-3.
+        ValueError: fewer than two rows, a wrong shape, rows that are not orthonormal to 1e-3, or a gain outside (0, 1].
     """
+    if not 0 < gain <= 1:
+        raise ValueError(f"gain must lie in (0, 1], got {gain}")
     if rows.dim() != 2 or rows.shape[0] < 2 or rows.shape[1] != op.shape[0]:
         raise ValueError(
             f"rows must have shape (k + 1, {op.shape[0]}) with k >= 1, the probe last, got {tuple(rows.shape)}"
@@ -98,7 +103,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, seed: int = 0) -> PowerI
         if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
             image = image.clone()
         rotate_rows(image, turn)
-        residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows))
+        residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows), gain)
         new, overlap, rank = _orthonormalized(
             image, rows, vectors.T @ grams[0], generator=seeded_generator(seed, device)
         )
@@ -131,12 +136,13 @@ def _orthonormalized(
     return new, float((new[:k] @ rows[:k].T).square().sum()) / k, rank
 
 
-def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor) -> Tensor:
-    """``||image_i - theta_i x_i||`` with ``x = turn @ rows``, chunked over P."""
+def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor, gain: float) -> Tensor:
+    """``||image_i - theta_i x_i||`` with ``x = turn @ rows``, chunked over P; damps all but the last by ``gain``."""
     square = torch.zeros_like(values)
     for start in range(0, rows.shape[1], _CHUNK):
-        piece = torch.addcmul(
-            image[:, start : start + _CHUNK], values[:, None], turn @ rows[:, start : start + _CHUNK], value=-1
-        )
+        part = image[:, start : start + _CHUNK]
+        piece = torch.addcmul(part, values[:, None], turn @ rows[:, start : start + _CHUNK], value=-1)
         square += piece.square().sum(1)
+        if gain != 1.0:
+            part[:-1].sub_(piece[:-1], alpha=1 - gain)
     return square.sqrt()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvopt.subspace.dominant import check_block
+from curvopt.subspace.checks import check_block
 
 if TYPE_CHECKING:
     from curvopt.optim.engine import SubspaceEngine

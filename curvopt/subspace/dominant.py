@@ -13,7 +13,8 @@ from torch import Tensor
 from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.subspace import notices
-from curvopt.subspace.solve import Cached, Plan, RefreshReport, Solution, Spectrum, solve, solve_above
+from curvopt.subspace.checks import check_block, check_gain, check_start
+from curvopt.subspace.solve import Cached, Plan, RefreshReport, Solution, Spectrum, solve, solve_above, solve_from
 
 Cutoff = Callable[[Tensor, Sequence[int]], Tensor]
 
@@ -34,6 +35,7 @@ class DominantSubspace:
         tol: relative residual that a Krylov refresh aims at.
         max_matvecs: cap on the products of one refresh and layer; 4k + 20 by default.
         seed: of start vectors.
+        gain: share of the news that a power step takes, in (0, 1]; below 1 the basis averages over changing batches.
 
     Attributes:
         age: steps since the last refresh, counted by whoever takes the steps.
@@ -58,7 +60,9 @@ class DominantSubspace:
         tol: float = 1e-2,
         max_matvecs: int | None = None,
         seed: int = 0,
+        gain: float = 1.0,
     ) -> None:
+        check_gain(gain)
         known = parameters if parameters is not None else operator.layout if operator is not None else None
         if known is None:
             raise ValueError("the operator has no parameter layout; give parameters=ParameterLayout([...])")
@@ -78,6 +82,7 @@ class DominantSubspace:
         self.tol = tol
         self.max_matvecs = 4 * rank + 20 if max_matvecs is None else max_matvecs
         self.seed = seed
+        self.gain = gain
         self.age = 0
         self.refreshes = 0
         self.attempts = 0
@@ -229,7 +234,9 @@ class DominantSubspace:
         return dominant, [u - d for u, d in zip(update, dominant, strict=True)]
 
     # ---- refreshing
-    def refresh(self, *, cold: bool = False, cutoff: Cutoff | None = None) -> RefreshReport:
+    def refresh(
+        self, *, cold: bool = False, cutoff: Cutoff | None = None, start: Tensor | None = None
+    ) -> RefreshReport:
         """Bring the basis up to date at the parameters' present values.
 
         If anything raises, nothing has changed but the counts of attempts and of products.
@@ -238,9 +245,11 @@ class DominantSubspace:
             cold: start from noise even when a basis is cached.
             cutoff: for an adaptive rank, maps candidate rows (m, P_g) and the positions of their parameters to the
                 smallest eigenvalue (m,) that is kept.
+            start: (P, rank), a start in the place of the cached basis, such as ``class_directions(operator)``: one power
+                step from there, and Lanczos where that was not near enough.
 
         Raises:
-            ValueError: no operator; adaptive without ``cutoff``.
+            ValueError: no operator; adaptive without ``cutoff``; ``start`` of a wrong shape or where it can't be used.
             NonFiniteError: the curvature is NaN or infinite.
             CurvatureError: a product can't be computed.
         """
@@ -248,6 +257,8 @@ class DominantSubspace:
             raise ValueError("no curvature operator is attached (pickling drops it): set .operator before refreshing")
         if self.adaptive and cutoff is None:
             raise ValueError("an adaptive rank needs cutoff")
+        if start is not None:
+            check_start(start, (self.parameters.total, self.rank), self.layout == "whole" and not self.adaptive)
         if self._layers is None and self.layout == "layer":
             self._find_layers()
         self.attempts += 1
@@ -258,14 +269,14 @@ class DominantSubspace:
             self.operator.renew(self.attempts)
             with self.operator.hold():
                 for g, operator in enumerate(operators):
-                    solutions.append(self._solve(g, operator, cold, cutoff))
+                    solutions.append(self._solve(g, operator, cold, cutoff, start))
         finally:
             spent = sum(op.matvecs for op in operators) - before
             self.matvecs += spent
         return self._commit(solutions, spent)
 
     def _plan(self, g: int) -> Plan:
-        return Plan(min(self.rank, self._size(g)), self.tol, self.max_matvecs, self.seed + self.attempts)
+        return Plan(min(self.rank, self._size(g)), self.tol, self.max_matvecs, self.seed + self.attempts, self.gain)
 
     def _spectrum(self, g: int, cold: bool = False) -> Spectrum:
         live = 0 if cold or not self.ready else int((self._values[g] > 0).sum())
@@ -280,9 +291,13 @@ class DominantSubspace:
         probe = torch.cat([self.probes[i].reshape(-1) for i in group])
         return Cached(spectrum, self._rows(group, dtype)[: spectrum.live], probe.to(dtype))
 
-    def _solve(self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None) -> Solution:
-        plan, cached = self._plan(g), self._cached(g, operator.dtype, cold)
-        if cutoff is None:
+    def _solve(
+        self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None, start: Tensor | None = None
+    ) -> Solution:
+        plan, cached = self._plan(g), self._cached(g, operator.dtype, cold or start is not None)
+        if start is not None:
+            solution = solve_from(operator, plan, start.T.to(operator.dtype))
+        elif cutoff is None:
             solution = solve(operator, plan, cached)
         else:
             group = self.groups[g]
@@ -433,12 +448,3 @@ class DominantSubspace:
         for mine, saved in zip(self.probes, state_dict["probe"], strict=True):
             mine.copy_(saved)
         self.load_scalars(state_dict)
-
-
-def check_block(name: str, block: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError that names the parameter when a saved basis block has the wrong shape."""
-    if tuple(block.shape) != tuple(shape):
-        raise ValueError(
-            f"saved basis of parameter {name!r} has shape {tuple(block.shape)}, expected {tuple(shape)} "
-            "(rank, then the parameter's shape): was it saved with another rank or model?"
-        )

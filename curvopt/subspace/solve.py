@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,12 +41,14 @@ class Plan:
         tol: residual relative to the largest Ritz value.
         max_matvecs: cap on the products of the whole refresh.
         seed: of random directions.
+        gain: of a power step, see ``power_image``.
     """
 
     k: int
     tol: float
     max_matvecs: int
     seed: int
+    gain: float = 1.0
 
     @property
     def image_gap(self) -> float:
@@ -225,6 +227,17 @@ def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
     return _lanczos(operator, plan, cached.rows, plan.warm_matvecs, cached.spectrum.warm_tolerance(plan))
 
 
+def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Solution:
+    """The leading pairs from directions (k, P) found elsewhere: one power step, Lanczos where they were too far off."""
+    if plan.k >= operator.shape[0] or plan.max_matvecs < plan.k + 1:
+        return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
+    generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
+    rows, _ = orthonormalize_rows(torch.cat([start, start.new_zeros(1, start.shape[1])]), generator=generator)
+    unknown = Spectrum(torch.zeros(0, dtype=torch.float64), 0.0, 0.0, False)
+    # the probe is random and knows nothing of the next value yet: as if the gap were just wide enough
+    return _image(operator, replace(plan, gain=1.0), Cached(unknown, rows[:-1], rows[-1]), 0.999 / plan.image_gap)
+
+
 def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_rule: KeepRule) -> Solution:
     """Every pair that ``keep_rule(rows, values)`` (a bool a row) keeps, at most ``plan.k``; the other rows are zero.
 
@@ -286,17 +299,17 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
     )
 
 
-def _image(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
+def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio: float = 0.0) -> Solution:
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
     rows = torch.cat([cached.rows, cached.probe[None]])
     if not _orthonormal(rows):  # a cache in half precision is so to its own rounding only
         rows, _ = orthonormalize_rows(rows, generator=generator)
-    image = power_image(operator, rows, seed=plan.seed)
+    image = power_image(operator, rows, gain=plan.gain, seed=plan.seed)
     if not image.finite:
         raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")
     k = plan.k
     values = image.ritz_values
-    ratio = math.inf if values[k - 1] <= 0 else abs(float(values[k] / values[k - 1]))
+    ratio = math.inf if values[k - 1] <= 0 else max(abs(float(values[k] / values[k - 1])), least_ratio)
     left = plan.max_matvecs - image.matvecs
     trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * plan.image_gap <= 1
     if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:

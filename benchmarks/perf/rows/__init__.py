@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.perf.record import RowMaker
-from benchmarks.perf.rows import products, solvers
+from benchmarks.perf.rows import products, refreshes, solvers
 
 ROWS: dict[str, RowMaker] = {
     "hessian_product": products.hessian_product,
@@ -11,4 +11,8 @@ ROWS: dict[str, RowMaker] = {
     "ggn_product": products.ggn_product,
     "ggn_forms": products.ggn_forms,
     "cold_top_ten": solvers.cold_top_ten,
+    "class_start": refreshes.class_start,
+    "warm_refreshes": refreshes.warm_refreshes,
+    "warm_without_gap": refreshes.warm_without_gap,
+    "averaged": refreshes.averaged,
 }
