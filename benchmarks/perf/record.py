@@ -47,6 +47,7 @@ class Row:
         higher: larger is better.
         figures: ours first.
         note: in words, an explanation of a miss for one.
+        measured: commit and date.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     higher: bool = False
     figures: list[Figure] = field(default_factory=list)
     note: str = ""
+    measured: str = ""
 
     @property
     def ours(self) -> Figure | None:

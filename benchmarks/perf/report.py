@@ -105,6 +105,8 @@ def page(
             parts += [_line(_side(f)) for f in row.figures] + [""]
         if row.note:
             parts += [row.note, ""]
+        if row.measured:
+            parts += [f"Measured: {row.measured}.", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -57,6 +57,9 @@ def perform(names: Sequence[str], rounds: int, out: Path, console: Console) -> l
     found: list[Row] = []
     for name in names:
         rows = ROWS[name](lab)
+        where = environment()
+        for row in rows:
+            row.measured = f"commit {where['commit']}, {where['date']}"
         kept[name] = rows
         found += rows
         ordered = {key: kept[key] for key in ROWS if key in kept}
@@ -64,7 +67,7 @@ def perform(names: Sequence[str], rounds: int, out: Path, console: Console) -> l
         atomic_write_text(store, json.dumps(figures, indent=1) + "\n")
         text = report.page(
             [row for rows in ordered.values() for row in rows],
-            environment(),
+            where,
             lab.peers.versions,
             lab.peers.missing,
             f"python -m benchmarks perf --rounds {rounds}",

@@ -94,6 +94,8 @@ class Spectrum:
             return "cold"
         if self.live < plan.k or plan.k >= size or plan.max_matvecs < plan.k + 1:
             return "krylov"
+        if plan.gain < 1 and self.has_probe:
+            return "image"  # an average is kept up by images alone: a chain would start over from one sample
         if not (self.has_probe and self.converged):
             return "krylov"
         if self.next_value < -_ROUNDING * float(self.values[0]):
@@ -312,7 +314,9 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
     ratio = math.inf if values[k - 1] <= 0 else max(abs(float(values[k] / values[k - 1])), least_ratio)
     left = plan.max_matvecs - image.matvecs
     trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * plan.image_gap <= 1
-    if (not trusted or (1 - image.overlap) * ratio**2 > _IMAGE_ERROR) and left >= k:
+    trusted = trusted and (1 - image.overlap) * ratio**2 <= _IMAGE_ERROR
+    averaging = plan.gain < 1 and image.positive
+    if not (trusted or averaging) and left >= k:
         start = image.rows if image.positive else rows
         tol = Spectrum(values[:k], float(values[k]), 0.0, True).warm_tolerance(plan)
         return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), tol)

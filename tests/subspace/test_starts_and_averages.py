@@ -1,5 +1,7 @@
 """Refreshes from directions found elsewhere, and bases averaged over changing curvature batches."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -176,6 +178,16 @@ def test_averaging_beats_every_single_sample():
     plain, averaged = run(1.0), run(0.25)
     # the part outside, 1 - share, has the variance of a sample; an average of gain g keeps g / (2 - g) of it
     assert (1 - averaged) < 0.4 * (1 - plain)
+
+
+def test_an_average_is_kept_up_by_images_where_no_gap_shows():
+    op = DiagonalOperator(torch.tensor([10.0, 9, 8, 7.9, 7.8, *[1.0] * 60], dtype=torch.float64))
+    for gain, kind in ((1.0, "krylov"), (0.5, "image")):
+        subspace = DominantSubspace(op, 3, parameters=_layout(65), gain=gain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the missing gap
+            subspace.refresh()
+            assert subspace.refresh().kind == kind
 
 
 def test_the_gain_is_checked():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.perf.record import RowMaker
-from benchmarks.perf.rows import products, refreshes, solvers
+from benchmarks.perf.rows import products, refreshes, solvers, steps
 
 ROWS: dict[str, RowMaker] = {
     "hessian_product": products.hessian_product,
@@ -15,4 +15,10 @@ ROWS: dict[str, RowMaker] = {
     "warm_refreshes": refreshes.warm_refreshes,
     "warm_without_gap": refreshes.warm_without_gap,
     "averaged": refreshes.averaged,
+    "projection": steps.projection,
+    "auto_run": steps.auto_run,
+    "memory": steps.memory,
+    "host_reads": steps.host_reads,
+    "scale": steps.scale,
+    "cuda_only": steps.cuda_only,
 }

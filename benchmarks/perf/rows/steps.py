@@ -1,0 +1,217 @@
+"""The step between refreshes, a whole run, memory, host synchronisations and scale."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import curvopt
+from benchmarks.perf.lab import EXACT_STEP, Lab, figure, gradient
+from benchmarks.perf.memory import peak_bytes
+from benchmarks.perf.problems import order
+from benchmarks.perf.record import OURS, Figure, Row
+from curvopt.optim import rules
+from curvopt.subspace import DominantSubspace
+
+
+def projection(lab: Lab) -> list[Row]:
+    """Projecting an update onto a cached basis of ten vectors at P = 1e7, against reading the basis twice."""
+    lab.say("projection, P = 1e7")
+    sizes = (3000 * 2000, 2000 * 1500, 1000 * 1000)
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(n, generator=generator).to(lab.device) for n in sizes]
+    basis = [torch.randn(10, n, generator=generator).to(lab.device) for n in sizes]
+    basis = [b / math.sqrt(sum(sizes)) for b in basis]
+    update = [torch.randn(n, generator=generator).to(lab.device) for n in sizes]
+
+    def twice() -> None:  # the bound: a pass that only reads, two times
+        for _ in range(2):
+            for b in basis:
+                b.sum()
+
+    def ours() -> None:
+        c = rules.coefficients(basis, update)
+        for p, b in zip(params, basis, strict=True):
+            rules.add_combination_(p, b, c)
+
+    def plain() -> None:
+        flat = torch.cat(update)
+        rows = torch.cat(basis, dim=1)
+        torch.cat(params).sub_(rows.T @ (rows @ flat))
+
+    timing = lab.times(twice, {OURS: ours, "flat vectors, joined at each step": plain})
+    before = [p.clone() for p in params]
+    ours()
+    exact = torch.stack([b.double() @ u.double() for b, u in zip(basis, update, strict=True)]).sum(0)
+    error = max(
+        float(((p - old).double() - exact @ b.double()).norm() / (exact @ b.double()).norm())
+        for p, old, b in zip(params, before, basis, strict=True)
+    )
+    row = Row("projection of a step at P = 1e7, k = 10", "three tensors", "readings of the basis, two", 1.35)
+    row.figures = [
+        figure(n, t, error < 1e-4 if n == OURS else None, f"error {error:.0e}" if n == OURS else "")
+        for n, t in timing.items()
+    ]
+    return [row]
+
+
+def auto_run(lab: Lab) -> list[Row]:
+    """A whole run with ``refresh_every="auto"``, ``overhead=0.1``: the share of refreshes after the first."""
+    out = []
+    for batch, steps in ((500, 300), (50, 600)):
+        lab.say(f"a run with refresh_every='auto', mlp, batch {batch}")
+        t = lab.trained("mlp")
+        model = t.at(0).train()
+        curvature = curvopt.Hessian(model, t.loss_fn, t.curvature_batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt = curvopt.BulkSGD(model.parameters(), lr=0.05, curvature=curvature, rank=9)
+            first: dict[str, float] = {}
+            for index in order(batch, steps):
+                x, y = t.rows(index)
+                opt.zero_grad()
+                t.loss_fn(model(x), y).backward()
+                opt.step()
+                first = first or opt.stats()
+        stats = opt.stats()
+        refresh = stats["seconds_refresh"] - first["seconds_refresh"]
+        share = refresh / (stats["seconds_total"] - first["seconds_refresh"])
+        said = [str(w.message) for w in caught if issubclass(w.category, curvopt.OverheadWarning)]
+        row = Row("refreshes' share of a run after the first, overhead=0.1", f"mlp, batch {batch}", "share", 0.1)
+        words = f"{stats['refreshes']:.0f} refreshes in {steps} steps, projection {stats['share_projection']:.0%}"
+        row.figures = [Figure(OURS, share, evidence=words + (f"; said: {said[0]}" if said else ""))]
+        out.append(row)
+    return out
+
+
+def memory(lab: Lab) -> list[Row]:
+    """Bytes of the basis, of a refresh and of a product, against what is stated beforehand."""
+    lab.say("memory, mlp and gpt")
+    t = lab.trained("mlp")
+    model = t.at(EXACT_STEP)
+    opt = curvopt.BulkSGD(
+        model.parameters(), lr=0.05, curvature=curvopt.Hessian(model, t.loss_fn, t.curvature_batch), rank=9
+    )
+    stated = opt.cost(dry_run=True)
+    assert opt.subspace is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cold, _ = peak_bytes(opt.refresh, lab.device)
+        warm, left = peak_bytes(opt.refresh, lab.device)
+    vector = opt.subspace.parameters.total * 4
+    kept = sum(b.numel() * b.element_size() for b in (*opt.subspace.blocks, *opt.subspace.probes))
+    basis = Row("memory of the cached basis and its probe", "mlp k = 9", "(k + 1) P float32", 1.0)
+    basis.figures = [Figure(OURS, kept / (10 * vector), evidence=f"{left / vector:.2f} vectors left after a refresh")]
+    work = Row("peak of a cold refresh", "mlp k = 9", "of the stated bytes", 1.0)
+    words = f"{cold / 2**20:.1f} MiB, stated {stated.work_bytes / 2**20:.1f}; a warm one {warm / 2**20:.1f} MiB"
+    work.figures = [Figure(OURS, cold / stated.work_bytes, evidence=words)]
+
+    g = lab.trained("gpt")
+    model, batch, loss = g.at(EXACT_STEP), g.curvature_batch, g.loss_fn
+    v = lab.vectors(sum(p.numel() for p in model.parameters()), 1)[0]
+    plain, _ = peak_bytes(gradient(model, loss, batch), lab.device)
+    operator = curvopt.Hessian(model, loss, batch, check=False)
+    ours, after = peak_bytes(lambda: operator @ v, lab.device)
+    row = Row("bytes of a product beyond those of a gradient", "gpt", "MiB")
+    row.figures = [Figure(OURS, (ours - plain) / 2**20, evidence=f"{after / 2**20:.2f} MiB left")]
+    if "arpack" in lab.peers:
+        hand, _ = peak_bytes(lambda: lab.peers["arpack"].hessian(model, loss, batch)(v), lab.device)
+        row.figures.append(Figure("by hand, graph kept", (hand - plain) / 2**20))
+        row.target = (hand - plain) / 2**20
+    return [basis, work, row]
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a device: numbers read, tensors brought to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(lab: Lab) -> list[Row]:
+    """Numbers read by the host in a cold solution; on CUDA the solver looks at them every k/4 products."""
+    lab.say("host reads")
+    t = lab.trained("mlp")
+    operator = curvopt.Hessian(t.at(EXACT_STEP), t.loss_fn, t.curvature_batch, check=False)
+    with _HostReads() as mode:
+        found = curvopt.eigsh(operator, 10, tol=1e-3, guard=0)
+    row = Row("numbers read by the host in a cold top ten", "mlp", "reads a product")
+    words = f"{mode.count} in {found.matvecs} products and {found.restarts} restarts"
+    row.figures = [Figure(OURS, mode.count / found.matvecs, evidence=words)]
+    row.note = (
+        "Counted on the CPU, where the solver looks after each product because looking is free there. On CUDA it looks "
+        "every max(2, k // 4) products, between restarts as well: more than one wait a restart. The row with a device "
+        "was not run."
+    )
+    return [row]
+
+
+def scale(lab: Lab) -> list[Row]:
+    """Seconds of a warm refresh and of a gradient over P, and the slope of both in the logarithms."""
+    lab.say("scale")
+    points: list[tuple[int, float, float]] = []
+    clock = time.process_time if lab.device.type == "cpu" else time.perf_counter
+    for width in (10, 100, 1000, 3000):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)
+        )
+        model.to(lab.device)
+        x, y = torch.randn(1000, 784, device=lab.device), torch.randint(10, (1000,), device=lab.device)
+        operator = curvopt.Hessian(model, nn.CrossEntropyLoss(), (x, y), check=False, route="loop")
+        size = operator.shape[0]
+        subspace = DominantSubspace(operator, 4, max_matvecs=10)
+        rows = torch.linalg.qr(torch.randn(size, 4, device=lab.device))[0].T
+        subspace.replace(rows, torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        work: Callable[[], Tensor] = operator.problem.gradient
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            subspace.refresh()
+            work()
+            start = clock()
+            report = subspace.refresh()
+            middle = clock()
+            work()
+            points.append((size, (middle - start) / report.matvecs, clock() - middle))
+    logs = torch.tensor([[math.log(p), math.log(a), math.log(b)] for p, a, b in points], dtype=torch.float64)
+    centred = logs - logs.mean(0)
+    slopes = (centred[:, :1] * centred).sum(0) / (centred[:, 0] ** 2).sum()
+    row = Row(
+        "slope of a refresh's seconds over P, against the gradient's", "mlp, P = 8e3 to 1.1e7", "ratio of slopes", 1.0
+    )
+    words = "; ".join(f"P = {p:.1e}: {a / b:.2f} gradients a product" for p, a, b in points)
+    row.figures = [
+        Figure(OURS, float(slopes[1] / slopes[2]), evidence=f"slopes {slopes[1]:.2f} and {slopes[2]:.2f}; {words}")
+    ]
+    return [row]
+
+
+def cuda_only(lab: Lab) -> list[Row]:
+    """Blocks where launches dominate, and host synchronisations: rows that need a CUDA device."""
+    block = Row("block of 10 products, small net", "mlp, CUDA", "single products", 2.5)
+    if lab.device.type != "cuda":
+        block.note = "Not run: no CUDA device."
+        return [block]
+    lab.say("block of 10 products on CUDA")
+    t = lab.trained("mlp")
+    model = t.at(EXACT_STEP)
+    operator = curvopt.Hessian(model, t.loss_fn, t.rows(slice(50)), check=False)
+    rows = lab.vectors(operator.shape[0], 10)
+    with operator.hold():
+        operator.multiply_rows(rows)
+        timing = lab.times(lambda: operator.multiply_rows(rows[:1]), {OURS: lambda: operator.multiply_rows(rows)})
+    block.figures = [figure(OURS, timing[OURS], None, f"route {operator.route}")]
+    return [block]
