@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | bench | tune | report | study | perf | fetch | list."""
+"""The command line: python -m benchmarks run | bench | tune | suite | target | report | study | perf | fetch | list."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   python -m benchmarks run digits_mlp bulk_sgd                      one run, settings tuned for the task
   python -m benchmarks run mnist5k_mlp sgd optimizer.lr=0.2 steps=500 seed=3
   python -m benchmarks bench                                        the comparison: table, plots, logs
+  python -m benchmarks suite small --jobs 2                         tuned alike, six seeds, ranked
   python -m benchmarks tune digits_mlp adamw                        bracket the best learning rate
   python -m benchmarks study sharp-flat                             a paper's claims re-run: table, figures
   python -m benchmarks fetch mnist                                  bring a data set into the user's cache
@@ -76,6 +77,19 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--factor", type=float, default=2.0, help="ratio of neighbouring values (default: 2)")
     tune.add_argument("--budget", type=_count, default=12, help="values to try at most (default: 12)")
     tune.add_argument("--seeds", type=_seeds, default=[100, 101], help="seeds of the trials (default: 100,101)")
+
+    suite = commands.add_parser("suite", help="tune every optimizer alike on several tasks, run them, rank them")
+    suite.add_argument("name", help="a file in configs/suite")
+    suite.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the suite: trials=6 tasks=[digits_mlp]")
+    suite.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes, one thread each (default: 1)")
+    suite.add_argument("--out", type=Path, default=Path("runs"), help="parent of its folder (default: runs)")
+
+    target = commands.add_parser("target", help="the train loss that the tuned baselines reach: a task's target")
+    target.add_argument("task")
+    target.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the suite: trials=6 optimizers=[sgd]")
+    target.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes (default: 1)")
+    target.add_argument("--out", type=Path, default=Path("runs"), help="parent of its folder (default: runs)")
+    target.add_argument("--write", action="store_true", help="put it into configs/task/TASK.yaml")
 
     report = commands.add_parser("report", help="table and plots of runs that are there")
     report.add_argument("folder", type=Path, help="a folder with runs of one task below it")
@@ -212,6 +226,35 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _suite(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.comparison import Comparison, load_comparison
+    from benchmarks.report.leaderboard import markdown, profile_table, standings, write_leaderboard
+
+    config = load_comparison(options.name, options.overrides)
+    out = options.out / f"suite-{options.name}"
+    with RunProgress() as progress:
+        Comparison(config, out, progress.print).perform(progress, options.jobs)
+    command = " ".join(["python -m benchmarks suite", options.name, *options.overrides])
+    path = write_leaderboard(config, out, command)
+    table = profile_table(standings(config, out), "step")
+    if table[0]:
+        console.print(markdown(*table), soft_wrap=True, highlight=False)
+    console.print(f"Report: {path}", soft_wrap=True)
+    return 0
+
+
+def _target(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.target import find_target, write_target
+
+    with RunProgress() as progress:
+        found = find_target(options.task, options.overrides, options.out, progress, options.jobs, progress.print)
+    console.print(f"target of {options.task}: {found:g}", highlight=False)
+    if options.write:
+        command = " ".join(["python -m benchmarks target", options.task, *options.overrides])
+        console.print(f"written to {write_target(options.task, found, command)}", soft_wrap=True)
+    return 0
+
+
 def _report(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.report.write import write_report
 
@@ -281,6 +324,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     console.print(f"tasks: {', '.join(available('task'))}", soft_wrap=True)
     console.print(f"optimizers (files): {', '.join(available('optimizer'))}", soft_wrap=True)
+    console.print(f"suites: {', '.join(available('suite'))}", soft_wrap=True)
     console.print(f"studies: {', '.join(available('study'))}", soft_wrap=True)
     console.print(
         f"zoo: {', '.join(zoo.names())}; bulk+NAME, dom+NAME and scaled+NAME wrap any of them", soft_wrap=True
@@ -295,6 +339,8 @@ _COMMANDS = {
     "bench": _bench,
     "tune": _tune,
     "report": _report,
+    "suite": _suite,
+    "target": _target,
     "study": _study,
     "perf": _perf,
     "fetch": _fetch,

@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost", "route")
 # Arguments that are numbers wherever they occur; the others keep the type that YAML gives them.
 _NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "overhead", "damping", "tol"}
-_OWN_KEYS = ("zoo", "label")
+_OWN_KEYS = ("zoo", "label", "control")
 
 
 class ConfigError(ValueError):
@@ -90,6 +90,7 @@ class RunConfig:
         checkpoint_every: steps between checkpoints.
         device, threads: where it runs.
         out: folder of all runs; run_dir: the folder of this one, instead of the one named by the config's hash.
+        stop_hopeless: end a run whose mini-batch loss lies above its first one a quarter of the way or later; for tuning.
         product_cost: gradients of a training batch that one curvature product costs; None measures it once.
         route: "loop" or "batched", how blocks of products are multiplied; None takes the loop on a CPU, where batching
             gains nothing, and elsewhere times both once.
@@ -110,6 +111,7 @@ class RunConfig:
     threads: int = 1
     out: str = "runs"
     run_dir: str | None = None
+    stop_hopeless: bool = False
     product_cost: float | None = None
     route: str | None = None
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -181,7 +183,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _optimizer_schema(entry: zoo.Entry) -> Any:
-    fields: list[tuple[str, Any, Any]] = [("zoo", str, ""), ("label", str, "")]
+    fields: list[tuple[str, Any, Any]] = [("zoo", str, ""), ("label", str, ""), ("control", str | None, None)]
     for key, default in entry.defaults.items():
         if key == "curvature":
             continue  # the harness gives the task's operator
@@ -301,6 +303,8 @@ def load_run(path: str | Path) -> RunConfig:
 def config_hash(config: RunConfig) -> str:
     """Eight hexadecimal digits that stand for all that determines the numbers of a run, but for its seed."""
     values = {k: v for k, v in to_dict(config).items() if k not in (*_NOT_HASHED, "seed")}
+    if not values["stop_hopeless"]:
+        del values["stop_hopeless"]  # so that runs from before this field keep their folders
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

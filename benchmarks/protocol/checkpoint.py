@@ -21,6 +21,10 @@ from benchmarks.sinks.jsonl import decode, encode
 VERSION = 1
 
 
+class BusyError(ConfigError):
+    """Another process is working in the folder."""
+
+
 class RunFolder:
     """The files of one run.
 
@@ -47,7 +51,7 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"another process is working in {self.path}") from None
+                raise BusyError(f"another process is working in {self.path}") from None
             yield
 
     def claim(self, config: RunConfig, meta: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +64,8 @@ class RunFolder:
         Raises:
             ConfigError: it holds another run's results.
         """
-        remove_leftovers(self.checkpoint)
+        for path in (self.checkpoint, self.config, self.meta, self.costs, self.result, self.done):
+            remove_leftovers(path)
         if not self.config.exists():
             if self.checkpoint.exists() or self.done.exists():
                 raise ConfigError(

@@ -19,6 +19,7 @@ from benchmarks.progress import RunProgress
 from benchmarks.protocol.account import Account
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.protocol.clock import Stopwatch
+from benchmarks.protocol.controls import RandomSubspace
 from benchmarks.protocol.environment import environment
 from benchmarks.protocol.log import RunLog
 from benchmarks.protocol.measure import CurvatureMeter, measure_costs
@@ -95,11 +96,13 @@ class Run:
         return self.config.measure_every > 0 or self.config.energy_every > 0
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", "zoo", "label")}
+        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", "zoo", "label", "control")}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
             given["curvature"] = self.task.curvature(self.model, self.route)
+            if self.config.optimizer.get("control") == "random":
+                given["curvature"] = RandomSubspace(given["curvature"], int(given["rank"]), self.config.seed)
         defaults = self.entry.defaults
         if not self.entry.needs_curvature and "curvature_closure" in defaults and given.get("rank", defaults["rank"]):
             given["curvature_closure"] = self._curvature_closure
@@ -307,6 +310,8 @@ class Run:
             raise _Diverged(f"the loss was not finite before step {self.step}")
         if loss > _HOPELESS * max(self.first_loss, 1e-3):
             raise _Diverged(f"the loss was {loss:.3g} before step {self.step}, {self.first_loss:.3g} at the start")
+        if self.config.stop_hopeless and 4 * self.step >= self.config.steps and loss > self.first_loss:
+            raise _Diverged(f"hopeless: a quarter through the loss was {loss:.3g}, {self.first_loss:.3g} at the start")
         return loss
 
     def _save(self, log: RunLog) -> None:

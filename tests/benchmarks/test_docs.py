@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
@@ -31,7 +33,7 @@ def _run(command, folder):
         [sys.executable, *command.split()[1:]], cwd=folder, capture_output=True, text=True, timeout=100
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    return ran.stdout + ran.stderr
 
 
 def test_adding_a_task(tmp_path):
@@ -44,6 +46,19 @@ def test_adding_a_task(tmp_path):
     (command,) = _blocks(text, "bash")
     out = _run(f"{command.strip()} wandb.mode=disabled", folder)
     assert "SGD: done after 60 steps" in out and "drawn from seed 0" in out
+
+
+@pytest.mark.parametrize(
+    ("title", "words"), [("Adding an optimizer", "heavy ball: done after 20 steps"), ("Adding a suite", "[2/2]")]
+)
+def test_adding_a_file(title, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    text, folder = _section(title), _copy(tmp_path)
+    (path,) = re.findall(r"`(configs/\S+\.yaml)`", text)
+    (block,) = _blocks(text, "yaml")
+    (folder / path).write_text(block, encoding="utf-8")
+    (command,) = _blocks(text, "bash")
+    assert words in _run(command.strip(), folder)
 
 
 def test_every_task_is_in_the_table():

@@ -1,0 +1,310 @@
+"""Suites: tasks x optimizers, tuned with equal budgets, re-run with new seeds; the run folders are all that counts.
+
+Nothing but files connects one call with the next: the same command finds what is done, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.config import (
+    CONFIGS,
+    ConfigError,
+    RunConfig,
+    _check_choice,
+    _nearest,
+    available,
+    compose_run,
+    run_directory,
+)
+from benchmarks.files import atomic_write_json, remove_leftovers
+from benchmarks.progress import RunProgress
+from benchmarks.protocol.checkpoint import BusyError, RunFolder
+from benchmarks.protocol.search import Trial, Tuned, as_overrides, judge, search, space_of, tuning_runs
+from benchmarks.protocol.train import execute
+from benchmarks.sinks.jsonl import decode, encode
+
+VERSION = 1
+_TUNING_SEED = 1000  # of the first tuning run; seeds 0, 1, 2 ... are for the results
+
+
+@dataclass
+class SuiteConfig:
+    """A file in ``configs/suite``.
+
+    Attributes:
+        title: of the report.
+        tasks, optimizers: files in ``configs/task`` and ``configs/optimizer``.
+        baselines: of the optimizers, those that a claim is made against.
+        trials: of each optimizer's search, the same number for all.
+        tuning_seeds: runs a trial; their seeds are never those of the results.
+        seeds: runs of the best setting, at least 6 for a test that can reach .05.
+        scaled: optimizer -> factors: controls that take its tuned setting with the learning rate simply scaled.
+        overrides: ``key=value`` for every run; by_task: task -> ``key=value`` for its runs.
+    """
+
+    title: str = "comparison"
+    tasks: list[str] = field(default_factory=list)
+    optimizers: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=lambda: ["sgd_momentum", "adamw"])
+    trials: int = 12
+    tuning_seeds: int = 1
+    seeds: int = 6
+    scaled: dict[str, list[float]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    by_task: dict[str, list[str]] = field(default_factory=dict)
+
+
+def load_comparison(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Read ``configs/suite/NAME.yaml``; ``overrides``: ``trials=4``, ``tasks=[digits_mlp]``.
+
+    Raises:
+        ConfigError: an unknown suite, key, task or optimizer (the nearest one is named), or an impossible budget.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_choice("suite", name)
+    known = [f.name for f in fields(SuiteConfig)]
+    given = OmegaConf.load(CONFIGS / "suite" / f"{name}.yaml")
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals:
+            raise ConfigError(f"expected KEY=VALUE, got {text!r} (for one: trials=6)")
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} of a suite: {_nearest(key, known)}")
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"configs/suite/{name}.yaml: unknown key {key!r}: {_nearest(str(key), known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), given, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"suite {name}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, SuiteConfig)
+    _check(config, name)
+    return config
+
+
+def _check(config: SuiteConfig, name: str) -> None:
+    if not config.tasks or not config.optimizers:
+        raise ConfigError(f"suite {name}: tasks and optimizers must not be empty")
+    for task in (*config.tasks, *config.by_task):
+        _check_choice("task", task)
+    for optimizer in (*config.optimizers, *config.scaled):
+        _check_choice("optimizer", optimizer)
+    for key, least in (("trials", 3), ("tuning_seeds", 1), ("seeds", 1)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"suite {name}: {key} must be at least {least}, got {getattr(config, key)}")
+    if config.seeds > _TUNING_SEED:
+        raise ConfigError(f"suite {name}: seeds must be at most {_TUNING_SEED}, where those of the tuning begin")
+    for optimizer in (*config.scaled, *config.baselines):
+        if optimizer not in config.optimizers:
+            raise ConfigError(f"suite {name}: {optimizer} is a baseline or scaled, but not among its optimizers")
+    # Every mistake in a key comes before the first run; keys of tasks and of optimizers don't depend on each other.
+    for task in config.tasks:
+        compose_run(task, config.optimizers[0], [*config.overrides, *config.by_task.get(task, [])])
+    for optimizer in config.optimizers:
+        space_of(config.tasks[0], optimizer, config.overrides)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An optimizer on a task: its tuning, then the runs of its best setting (and of that with its rate scaled)."""
+
+    task: str
+    optimizer: str
+    scales: tuple[float, ...] = ()
+
+
+def units(config: SuiteConfig) -> list[Unit]:
+    """All of them; those of the first task first."""
+    return [Unit(t, o, tuple(config.scaled.get(o, ()))) for t in config.tasks for o in config.optimizers]
+
+
+class Comparison:
+    """A suite in a folder.
+
+    Args:
+        config: the suite.
+        out: its folder.
+        say: where a line about each finished run goes.
+    """
+
+    def __init__(self, config: SuiteConfig, out: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self.config = config
+        self.out = Path(out)
+        self.say = say
+
+    # ---- what is common to all runs
+    def overrides(self, task: str) -> list[str]:
+        """For every run on a task: the suite's, the task's, and what was timed once for all of them."""
+        given = [*self.config.overrides, *self.config.by_task.get(task, []), f"out={self.out / 'runs'}"]
+        pinned = json.loads(self._costs(task).read_text()) if self._costs(task).exists() else {}
+        named = {text.partition("=")[0] for text in given}
+        return [*given, *(f"{key}={value}" for key, value in pinned.items() if key not in named)]
+
+    def _costs(self, task: str) -> Path:
+        return self.out / "costs" / f"{task}.json"
+
+    def measure(self, progress: RunProgress) -> None:
+        """Time a curvature product on each task, once for the whole suite: one number for all optimizers."""
+        from benchmarks import tasks
+        from benchmarks.protocol.measure import measure_costs
+
+        for name in self.config.tasks:
+            if self._costs(name).exists():
+                continue
+            run = compose_run(name, self.config.optimizers[0], self.overrides(name))
+            if run.product_cost is not None and run.route is not None:
+                continue
+            progress.begin(f"{name}: timing a product", 1)
+            task = tasks.build(run.task, run.device)
+            remove_leftovers(self._costs(name))
+            found = measure_costs(task, task.model(0), run.batch_size, route=run.route)
+            atomic_write_json(
+                self._costs(name), {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route}
+            )
+            progress.finish_run()
+
+    # ---- one optimizer on one task
+    def tune(self, unit: Unit, progress: RunProgress) -> Tuned:
+        """The search, or what an earlier call found with the same settings of the suite."""
+        common = self.overrides(unit.task)
+        seeds = range(_TUNING_SEED, _TUNING_SEED + self.config.tuning_seeds)
+        space = space_of(unit.task, unit.optimizer, common)
+        spec = [VERSION, self.config.trials, list(seeds), common, {k: repr(v) for k, v in space.items()}]
+        stamp = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.out / "tuning" / unit.task / f"{unit.optimizer}.json"
+        if path.exists():
+            found = decode(json.loads(path.read_text()))
+            if found.get("stamp") == stamp:
+                return Tuned(found["key"], [Trial(**t) for t in found["trials"]])
+
+        def score(settings: dict[str, Any]) -> tuple[float, float, float]:
+            runs = tuning_runs(unit.task, unit.optimizer, settings, common, seeds)
+            value = judge([self.run(run, progress) for run in runs])
+            shown = ", ".join(f"{k}={v}" for k, v in settings.items())
+            self.say(f"{unit.task}, {unit.optimizer}: {shown}: train loss {value[0]:.4g}")
+            return value
+
+        tuned = search(space, score, self.config.trials)
+        trials = [asdict(t) for t in tuned.trials]
+        remove_leftovers(path)
+        atomic_write_json(path, encode({"stamp": stamp, "key": tuned.key, "trials": trials}))
+        return tuned
+
+    def finals(self, unit: Unit, tuned: Tuned) -> list[RunConfig]:
+        """The runs of the best setting, and of the controls that scale its learning rate."""
+        common = [*self.overrides(unit.task), *as_overrides(tuned.best.settings)]
+        first = compose_run(unit.task, unit.optimizer, common)
+        runs = [replace(first, seed=s) for s in range(self.config.seeds)]
+        for scale in unit.scales:
+            label = f"{runs[0].optimizer['label']}, lr x {scale:g}"
+            rate = float(f"{scale * tuned.best.settings['lr']:.3g}")
+            runs += [
+                replace(r, optimizer={**r.optimizer, "lr": rate, "label": label}) for r in runs[: self.config.seeds]
+            ]
+        return [replace(r, wandb=replace(r.wandb, group=f"{self.config.title}: {unit.task}")) for r in runs]
+
+    def run(self, config: RunConfig, progress: RunProgress) -> Mapping[str, Any]:
+        """One run; what it raises becomes its result, but for a full disk and the like, which end the suite."""
+        folder = RunFolder(run_directory(config))
+        try:
+            return execute(config, progress).record
+        except (OSError, MemoryError, BusyError):
+            raise
+        except Exception as error:  # any optimizer may raise anything: the others still run
+            reason = f"{type(error).__name__}: {error}"
+            atomic_write_json(folder.result, {"status": "failed", "reason": reason})
+            return {"status": "failed", "reason": reason}
+        finally:
+            progress.finish_run()
+
+    def do(self, unit: Unit, progress: RunProgress) -> str:
+        """Tune an optimizer on a task, then do its runs; a line about them."""
+        tuned = self.tune(unit, progress)
+        ends = [self.run(config, progress)["status"] for config in self.finals(unit, tuned)]
+        edge = "" if tuned.bracketed else ", NOT bracketed"
+        counts = ", ".join(f"{ends.count(s)} {s}" for s in dict.fromkeys(ends))
+        best = ", ".join(f"{k}={v}" for k, v in tuned.best.settings.items())
+        return f"{unit.task}, {unit.optimizer}: best {best}{edge}; {counts}"
+
+    # ---- all of them
+    def perform(self, progress: RunProgress, jobs: int = 1) -> None:
+        """Do what is left, in ``jobs`` processes.
+
+        Raises:
+            OSError: the disk is full, or the like; the same command goes on.
+        """
+        self.claim()
+        self.measure(progress)
+        work = units(self.config)
+        done, started = 0, time.monotonic()
+        for text in self._results(work, progress, jobs):
+            done += 1
+            spent = time.monotonic() - started
+            left = (
+                ""
+                if done == len(work)
+                else f"; {len(work) - done} left, about {spent / done * (len(work) - done) / 60:.0f} min"
+            )
+            self.say(f"[{done}/{len(work)}] {text}{left}")
+
+    def claim(self) -> None:
+        """Write ``suite.json``; a folder that holds another version's results is refused."""
+        path = self.out / "suite.json"
+        if path.exists():
+            version = json.loads(path.read_text()).get("version")
+            if version != VERSION:
+                raise ConfigError(
+                    f"{self.out} holds a suite of format {version}, this program writes {VERSION}: move it away"
+                )
+        remove_leftovers(path)
+        atomic_write_json(path, {"version": VERSION, **asdict(self.config)})
+
+    def _results(self, work: Sequence[Unit], progress: RunProgress, jobs: int) -> Iterator[str]:
+        if jobs == 1:
+            for unit in work:
+                yield self.do(unit, progress)
+            return
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _die_with_parent, (os.getpid(),)) as pool:
+            waiting = {pool.submit(_worker, self.config, self.out, unit): unit for unit in work}
+            try:
+                for future in as_completed(waiting):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise OSError("a worker was killed (out of memory?): the same command goes on") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    """End this worker when the process that started it has gone, however that went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _worker(config: SuiteConfig, out: Path, unit: Unit) -> str:
+    return Comparison(config, out).do(unit, RunProgress(enabled=False))
+
+
+def suite_names() -> list[str]:
+    """Files in ``configs/suite``."""
+    return available("suite")

@@ -1,0 +1,186 @@
+"""Suites: what they do, that they survive, and what they refuse."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.config import ConfigError
+from benchmarks.progress import RunProgress
+from benchmarks.protocol.comparison import Comparison, SuiteConfig, load_comparison, units
+from benchmarks.report.leaderboard import standings, write_leaderboard
+
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = "overrides=[steps=40,product_cost=3.0,route=loop,wandb.mode=disabled,checkpoint_every=10]"
+TINY = ["trials=3", "seeds=2", "optimizers=[sgd_momentum,interpolated_sgd]", "baselines=[sgd_momentum]", PINNED]
+MEASURED = {"seconds"}
+
+
+def _perform(out, *overrides, jobs=1):
+    config, said = load_comparison("smoke", [*TINY, *overrides]), []
+    Comparison(config, out, said.append).perform(RunProgress(enabled=False), jobs)
+    write_leaderboard(config, out, "test")
+    return config, said
+
+
+def _table(out):
+    with open(out / "leaderboard.csv") as handle:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(handle)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    return out, *_perform(out)
+
+
+def test_every_optimizer_gets_the_same_budget_and_every_run_a_row(unbroken):
+    out, config, said = unbroken
+    rows = _table(out)
+    labels = ["SGD with momentum", "SGD with momentum, lr x 2", "Interpolated SGD"]
+    assert [(r["optimizer"], r["seed"]) for r in rows] == [(label, s) for label in labels for s in ("0", "1")]
+    for name in config.optimizers:
+        found = json.loads((out / "tuning" / "noisy_quadratic" / f"{name}.json").read_text())
+        assert len(found["trials"]) == 3
+    # 2 optimizers x 3 trials, then 2 seeds each, and 2 of the control
+    assert len(list((out / "runs").rglob("DONE"))) == 2 * 3 + 3 * 2
+    assert said[-1].startswith("[2/2] noisy_quadratic, interpolated_sgd: best lr=")
+    report = (out / "report.md").read_text()
+    assert "too few seeds (2)" in report and "the baseline" in report and "Tuning on noisy_quadratic" in report
+
+
+def test_the_control_takes_the_tuned_setting_with_its_rate_scaled(unbroken):
+    out, config, _ = unbroken
+    plain, scaled = standings(config, out)[:2]
+    rate = plain.tuned.best.settings["lr"]
+    assert f"lr={rate}," in plain.settings and f"lr={float(f'{2 * rate:.3g}')}," in scaled.settings
+    assert scaled.tuned is None
+
+
+def test_the_same_command_again_does_nothing_twice(unbroken):
+    out, _, _ = unbroken
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("DONE")}
+    before = _table(out)
+    _perform(out)
+    assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("DONE")} == stamps and _table(out) == before
+
+
+def test_two_processes_give_the_same_table(unbroken, tmp_path):
+    _perform(tmp_path / "jobs", jobs=2)
+    assert _table(tmp_path / "jobs") == _table(unbroken[0])
+
+
+def _killed(folder, kills, seed):
+    """Run the suite by its command, SIGKILL it at random moments, start it again; the last call is let go on."""
+    command = [sys.executable, "-m", "benchmarks", "suite", "smoke", *TINY, "--out", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    moments = random.Random(seed)
+    landed = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        # counted in its own lines, so that the moment does not depend on how fast the machine is
+        for _ in range(moments.randint(1, 4)):
+            process.stdout.readline()
+        time.sleep(moments.random() * 0.2)
+        landed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return landed
+
+
+def _check_like(out, unbroken):
+    assert _table(out) == _table(unbroken)
+    assert not list(out.rglob("*.tmp"))
+    for path in out.rglob("log.jsonl"):
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == sorted(set(steps)), path
+    names = [str(p.parent.relative_to(out)) for p in out.rglob("DONE")]
+    assert sorted(names) == sorted(str(p.parent.relative_to(unbroken)) for p in unbroken.rglob("DONE"))
+
+
+def test_killed_and_started_again_it_ends_with_the_same_table(unbroken, tmp_path):
+    assert _killed(tmp_path, kills=2, seed=0) >= 1
+    _check_like(tmp_path / "suite-smoke", unbroken[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_twenty_times(unbroken, tmp_path):
+    assert _killed(tmp_path, kills=20, seed=1) >= 10
+    _check_like(tmp_path / "suite-smoke", unbroken[0])
+
+
+def test_an_optimizer_that_cannot_run_is_a_row_with_its_reason(tmp_path):
+    # A dominant space as large as the whole: refused by the optimizer, not by the configuration.
+    rank = PINNED.replace("steps=40", "steps=20,task.rank=500")
+    config, _ = _perform(tmp_path, rank)
+    rows = {r.label: r for r in standings(config, tmp_path)}
+    assert rows["Interpolated SGD"].lost == 1.0 and "rank" in rows["Interpolated SGD"].reasons[0]
+    assert rows["SGD with momentum"].lost == 0.0
+    assert "Runs that did not end well" in (tmp_path / "report.md").read_text()
+
+
+def test_an_unfinished_suite_is_no_report(tmp_path, unbroken):
+    config = load_comparison("smoke", TINY)
+    with pytest.raises(ConfigError, match="sgd_momentum is not tuned on noisy_quadratic yet: run the suite to its end"):
+        standings(config, tmp_path)
+    out = tmp_path / "copy"
+    shutil.copytree(unbroken[0], out)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ConfigError, match="is not tuned on noisy_quadratic yet|is missing: run the suite to its end"):
+        write_leaderboard(load_comparison("smoke", [*TINY, "seeds=3"]), tmp_path / "elsewhere", "test")
+
+
+def test_another_versions_folder_is_refused(tmp_path):
+    (tmp_path / "suite.json").write_text('{"version": 99}')
+    with pytest.raises(ConfigError, match="holds a suite of format 99, this program writes 1: move it away"):
+        Comparison(SuiteConfig(), tmp_path).claim()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["smok"], "unknown suite 'smok': did you mean 'smoke'"),
+        (["smoke", "trails=4"], "unknown key 'trails' of a suite: did you mean 'trials'"),
+        (["smoke", "trials=2"], "trials must be at least 3, got 2"),
+        (["smoke", "seeds=0"], "seeds must be at least 1, got 0"),
+        (["smoke", "seeds=many"], "could not be converted to Integer"),
+        (["smoke", "trials"], "expected KEY=VALUE, got 'trials'"),
+        (["smoke", "tasks=[digit_mlp]"], "unknown task 'digit_mlp': did you mean 'digits_mlp'"),
+        (["smoke", "optimizers=[sdg]"], "unknown optimizer 'sdg': did you mean 'sgd'"),
+        (["smoke", "tasks=[]"], "tasks and optimizers must not be empty"),
+        (["smoke", "baselines=[lion]"], "lion is a baseline or scaled, but not among its optimizers"),
+        (["smoke", "overrides=[stps=4]"], "unknown key 'stps': did you mean 'steps'"),
+    ],
+)
+def test_mistakes(arguments, text, capsys, tmp_path):
+    assert main(["suite", *arguments, "--out", str(tmp_path)]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["small", "controls", "variants", "smoke", "target"])
+def test_every_suite_is_sound(name):
+    config = load_comparison(name)
+    assert len(units(config)) == len(config.tasks) * len(config.optimizers)
+    if name == "small":
+        assert len(config.tasks) == 5 and len(config.optimizers) == 12 and config.seeds == 6
+        assert {"control_rank0", "control_random"} <= set(config.optimizers) and config.scaled
