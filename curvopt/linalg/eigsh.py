@@ -31,6 +31,7 @@ def eigsh(
     extra: int = 0,
     seed: int = 0,
     max_basis: int | None = None,
+    relax: tuple[int, float] | None = None,
 ) -> EigenResult:
     """The k most wanted eigenpairs, by Lanczos with full orthogonalisation, thick restart and a guard.
 
@@ -64,6 +65,8 @@ def eigsh(
         seed: of every random direction; the same seed on the same device gives the same bits.
         max_basis: vectors in the basis before a restart, at least ``k + extra + 9``; by default
             ``2 (k + extra) + 20``, or fewer where ``max_matvecs`` or P allow no more.
+        relax: ``(products, tol)``: the tolerance from that many products on, for a caller who wants the first one cheap
+            or the second one at least.
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
@@ -86,7 +89,9 @@ def eigsh(
     if max_basis is None:
         # rows and products grow together: a cap on products is one on rows
         max_basis = max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2))
-    plan = _Plan(k, which, max(tol, 50 * torch.finfo(op.dtype).eps), max_matvecs, guard, min(extra, size - k))
+    floor = 50 * torch.finfo(op.dtype).eps
+    later = (max_matvecs, tol) if relax is None else relax
+    plan = _Plan(k, which, max(tol, floor), max_matvecs, guard, min(extra, size - k), (later[0], max(later[1], floor)))
     with op.hold():
         return _Solver(op, plan, min(max_basis, size) + 1, seed).solve(start)
 
@@ -144,6 +149,11 @@ class _Plan:
     max_matvecs: int
     guard: int | str
     extra: int
+    relax: tuple[int, float]
+
+    def tolerance(self, matvecs: int) -> float:
+        """What a pair must meet after so many products."""
+        return self.relax[1] if matvecs >= self.relax[0] else self.tol
 
 
 def _stride(device: torch.device, k: int) -> int:
@@ -323,7 +333,7 @@ class _Solver:
 
     def _unconverged(self, ritz: Ritz, pairs: int | None = None) -> np.ndarray:
         """A bool for each of the k wanted pairs, or for the first ``pairs``."""
-        return ritz.residuals[: pairs or self.plan.k] > self.plan.tol * ritz.scale
+        return ritz.residuals[: pairs or self.plan.k] > self.plan.tolerance(self.basis.matvecs) * ritz.scale
 
     def _complaint(self, ritz: Ritz, left: int) -> str | None:
         """Why the wanted pairs have not converged, in words; None if they have."""

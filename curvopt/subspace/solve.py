@@ -57,8 +57,13 @@ class Plan:
 
     @property
     def warm_matvecs(self) -> int:
-        """Products of one warm Lanczos chain at most: 2k, or a few more where k is small."""
-        return min(self.max_matvecs, max(2 * self.k, self.k + 6))
+        """Products of one warm Lanczos chain at most: 2.6 k, or a few more where k is small."""
+        return min(self.max_matvecs, max(math.ceil(2.6 * self.k), self.k + 6))
+
+    @property
+    def enough_matvecs(self) -> int:
+        """From so many products on, ``tol`` itself is enough for a warm chain that aimed lower."""
+        return max(2 * self.k, self.k + 6)
 
 
 @dataclass(frozen=True)
@@ -273,6 +278,7 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
         guard=6 if start is None else 0,
         extra=1 if plan.k < operator.shape[0] else 0,
         seed=plan.seed,
+        relax=None if start is None else (plan.enough_matvecs, plan.tol),
     )
     values = result.eigenvalues.double().cpu()
     residuals = result.residual_norms.double().cpu()

@@ -390,3 +390,15 @@ def test_operands_of_a_wrong_kind() -> None:
 def test_a_product_that_is_not_finite_raises() -> None:
     with pytest.raises(NonFiniteError, match="NaN or Inf"):
         eigsh(DiagonalOperator(torch.tensor([1.0, float("nan"), 2.0])), 1)
+
+
+def test_a_relaxed_tolerance_holds_from_so_many_products_on():
+    op = DiagonalOperator(torch.cat([torch.tensor([10.0, 9, 8]), torch.linspace(7, 0, 200)]).double())
+    tight = eigsh(op, 3, tol=1e-9, guard=0)
+    loose = eigsh(op, 3, tol=1e-3, guard=0)
+    relaxed = eigsh(op, 3, tol=1e-9, guard=0, relax=(20, 1e-3))
+    assert loose.matvecs <= relaxed.matvecs < tight.matvecs
+    assert relaxed.matvecs == max(20, loose.matvecs)
+    assert relaxed.converged
+    assert relaxed.residual_norms.max() <= 1e-3 * 10
+    assert eigsh(op, 3, tol=1e-9, guard=0, relax=(1000, 1e-3)).matvecs == tight.matvecs
