@@ -178,7 +178,7 @@ class DensityStudy(Study):
         model = seeded(lambda: mlp(widths), seed, lab.device)
         for step in descend(model, problem, lr=s.lr_ce, batch_size=s.batch_size, seed=seed, steps=s.oracle_train_steps):
             lab.advance(step)
-        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train)
+        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, route="loop")
         exact = torch.linalg.eigvalsh(hessian.to_dense().double()).cpu().numpy()
         found = curvopt.spectral_density(hessian, steps=s.oracle_steps, probes=s.oracle_probes, seed=seed)
         span = float(exact[-1] - exact[0])
@@ -202,7 +202,7 @@ class DensityStudy(Study):
         problem = self._problem(loss, lab.device)
         widths = [problem.train[0].shape[1], *s.hidden, problem.classes]
         model = seeded(lambda: mlp(widths), seed, lab.device)
-        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train)
+        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, route="loop")
         rank, lr = problem.rank, s.lr_ce if loss == "ce" else s.lr_mse
         leading = min(s.leading, hessian.shape[0])
         counts: dict[str, Any] = {}
@@ -266,10 +266,10 @@ class DensityStudy(Study):
         s = self.settings
         problem, model = self._network(kind, batch_norm, seed, lab)
         # Training mode over all examples as one batch: other batches would be another function.
-        train = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="train")
+        train = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="train", route="loop")
         views = {"train": train}
         if batch_norm:
-            views["eval"] = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="eval")
+            views["eval"] = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="eval", route="loop")
         if kind == "cnn":
             lr, steps, marks = s.cnn_lr, s.cnn_steps, {s.cnn_steps}
         else:

@@ -177,7 +177,7 @@ class OutliersStudy(Study):
         for i, classes in enumerate(counts):
             problem = of_classes(whole, classes)
             model = self._network(problem, s.hidden, seed, lab)
-            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train)
+            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, route="loop")
             wanted = 2 * classes + 3
             init = curvopt.eigsh(hessian, wanted, seed=seed).eigenvalues.tolist()
             steps = s.level_cap if loss == "ce" else s.steps
@@ -199,7 +199,7 @@ class OutliersStudy(Study):
         for i, kind in enumerate(("true", "shuffled", "gaussian")):
             problem = whole if kind == "true" else shuffled(whole, seed, gaussian=kind == "gaussian")
             model = self._network(problem, s.hidden, seed, lab)
-            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train)
+            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, route="loop")
             init = self._overlap(model, problem, hessian, seed) if kind == "true" else math.nan
             for _ in descend(model, problem, lr=self._rate(loss), batch_size=s.batch_size, seed=seed, steps=s.steps):
                 pass
@@ -285,7 +285,7 @@ class OutliersStudy(Study):
         found: dict[str, Any] = {}
         for i, size in enumerate((s.sharp_batches[0], s.sharp_batches[-1])):
             model = self._network(problem, s.sharp_hidden, seed, lab)
-            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train)
+            hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, route="loop")
             record: dict[str, float] = {}
             left = list(s.sharp_levels)
             for step in descend(model, problem, lr=s.line_lr, batch_size=size, seed=seed, steps=s.sharp_steps):
@@ -323,7 +323,7 @@ class OutliersStudy(Study):
         problem = self._line_problem(lab.device)
         bn = kind == "bn"
         model = self._network(problem, s.line_hidden, seed, lab, bn)
-        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="eval")
+        hessian = curvopt.Hessian(model, problem.loss_fn, problem.train, mode="eval", route="loop")
         held = {end: lab.needs[f"{kind}-{end}"].load() for end in ("small", "large", "other")}
         found: dict[str, Any] = {}
         for i, (name, ends) in enumerate({"same": ("small", "large"), "starts": ("small", "other")}.items()):
@@ -460,8 +460,10 @@ class OutliersStudy(Study):
             title = "without BatchNorm" if kind == "plain" else "with BatchNorm"
             data += _draw(axes[row, 2], {}, f"line {title}", lines)
             label_axes(axes[row, 2], "place on the line", "train loss", title=title, log_y=True)
-        for ax in axes.flat:
+        for ax in axes[:, :2].flat:
             ax.legend()
+        for ax in axes[:, 2]:
+            ax.legend(fontsize="x-small")
         return {"outliers": (figure, data)}
 
 

@@ -45,7 +45,8 @@ def whole_spectrum(model: nn.Module, problem: ImageProblem) -> Tensor:
     """All eigenvalues of the Hessian on the training data, largest first, computed densely in float64."""
     inputs, targets = problem.train
     batch = (inputs.double(), targets.double() if targets.is_floating_point() else targets)
-    hessian = curvopt.Hessian(copy.deepcopy(model).double(), problem.loss_fn, batch)
+    # a route that was chosen by its speed would round differently from run to run
+    hessian = curvopt.Hessian(copy.deepcopy(model).double(), problem.loss_fn, batch, route="loop")
     return torch.linalg.eigvalsh(hessian.to_dense()).flip(0).cpu()
 
 
