@@ -19,7 +19,7 @@ CODE := $(wildcard curvopt benchmarks tests examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv bench studies test test-all lint format docs clean distclean
+.PHONY: help venv bench suite studies test test-all lint format docs clean distclean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench: $(STAMP)  ## train and compare the optimizers on the main task: table, pl
 
 studies: $(STAMP)  ## re-run the founding papers' claims at small size: benchmarks/results/studies.md (half an hour at most)
 	$(PY) -m benchmarks study all --small --page benchmarks/results/studies.md $(ARGS)
+
+suite: $(STAMP)  ## the small suite: five tasks, twelve optimizers tuned alike, six seeds (hours on one core)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks suite small --jobs $(WORKERS) $(ARGS)
 
 # One thread a process: the tests run in WORKERS processes, and more threads than cores only wait for each other.
 test: $(STAMP)  ## the tests, without the slow ones

@@ -1,0 +1,115 @@
+"""The scorer on hand-made logs: every score in the tables is known before it is computed."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from benchmarks.config import compose_run, to_yaml
+from benchmarks.files import atomic_write_json
+from benchmarks.protocol.comparison import SuiteConfig, Unit
+from benchmarks.protocol.search import Trial, Tuned
+from benchmarks.report.leaderboard import _standing, claim, markdown, profile_table, task_table, tuning_table
+from benchmarks.report.records import load_record
+from benchmarks.sinks.jsonl import encode
+
+INF = math.inf
+
+
+def _log(folder, optimizer, label, seed, reaches, status="done"):
+    """A run of 40 steps, evaluated every 10: loss 1 before step ``reaches``, .01 from there on; 3 gradients a step."""
+    config = compose_run("noisy_quadratic", optimizer, [f"seed={seed}", "steps=40"])
+    config.optimizer["label"] = label
+    path = folder / f"{label}-{seed}"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(to_yaml(config))
+    rows = []
+    for step in range(0, 41, 10):
+        loss = 0.01 if step >= reaches else 1.0
+        accuracy = 0.9 if step >= reaches else 0.1
+        rows.append({"step": step, "train_loss": loss, "test_accuracy": accuracy})
+        rows[-1] |= {"gradient_equivalents": 3.0 * step, "seconds": 0.5 * step}
+    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reason = "" if status == "done" else "the loss was not finite"
+    atomic_write_json(path / "result.json", encode({"status": status, "reason": reason, "step": 40}))
+    return load_record(path)
+
+
+def _tuned():
+    trials = [(0.01, 2.0), (0.1, 1.0), (1.0, INF)]
+    return Tuned("lr", [Trial({"lr": v}, s, "search", 100.0, 0.25) for v, s in trials])
+
+
+def _row(folder, optimizer, label, reaches, status="done"):
+    records = [_log(folder, optimizer, label, seed, r, status) for seed, r in enumerate(reaches)]
+    return _standing(Unit("noisy_quadratic", optimizer), label, records, 0.02, _tuned())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs")
+    return {
+        "fast": _row(folder, "interpolated_sgd", "fast", [10] * 6),
+        "base": _row(folder, "sgd_momentum", "base", [20, 20, 20, 20, 20, 20]),
+        "mixed": _row(folder, "lion", "mixed", [10, 10, 10, 30, 30, INF]),
+        "lost": _row(folder, "adamw", "lost", [INF] * 6, status="diverged"),
+    }
+
+
+def test_scores_of_a_run(rows):
+    fast = rows["fast"]
+    assert fast.to_target == {"step": [10.0] * 6, "gradient_equivalents": [30.0] * 6, "seconds": [5.0] * 6}
+    assert fast.train_loss == [0.01] * 6 and fast.accuracy == [0.9] * 6 and fast.lost == 0
+    # log10: 0 at step 0, then -2: (10 * -1 + 30 * -2) / 40
+    assert fast.area == pytest.approx([-1.75] * 6)
+    assert rows["mixed"].to_target["step"] == [10, 10, 10, 30, 30, INF]
+    lost = rows["lost"]
+    assert lost.lost == 1.0 and lost.train_loss == [INF] * 6 and lost.reasons == ["the loss was not finite"]
+    assert lost.to_target["step"] == [INF] * 6 and lost.area == [INF] * 6
+
+
+def test_claims(rows):
+    # six pairs on one side: p = 2/64; ten steps instead of twenty
+    assert claim(rows["fast"], rows["base"]) == "better (p 0.031, x0.50)"
+    assert claim(rows["base"], rows["fast"]) == "worse (p 0.031, x2.00)"
+    assert claim(rows["lost"], rows["base"]) == "worse (p 0.031)"
+    assert claim(rows["base"], rows["base"]) == "no difference shown (p 1.00, x1.00)"
+    assert claim(rows["mixed"], rows["base"]).startswith("no difference shown (p ")
+    few = dataclasses.replace(rows["fast"], to_target={"step": [10.0] * 5})
+    assert claim(few, rows["base"]) == "too few seeds (5)"
+
+
+def test_the_leaderboard_of_a_task(rows):
+    config = SuiteConfig(baselines=["sgd_momentum", "adamw"])
+    header, body = task_table(list(rows.values()), config)
+    assert header == [
+        "optimizer", "steps", "gradient-equivalents", "seconds", "train loss", "accuracy, %", "mean log10 loss",
+        "lost runs", "against the best baseline",
+    ]  # fmt: skip
+    lines = {line[0]: line for line in body}
+    assert [line[0] for line in body] == ["fast", "base", "mixed", "lost"]  # a tie of medians goes by name
+    assert lines["fast"][1:4] == ["10 [10, 10]", "30 [30, 30]", "5.00 [5.00, 5.00]"]
+    assert lines["mixed"][1].startswith("20 [10, ") and lines["lost"][1] == "missed [missed, missed]"
+    assert lines["fast"][5] == "90.00 [90.00, 90.00]" and lines["lost"][5] == "-"
+    assert lines["lost"][7] == "100 %" and lines["base"][8] == "the baseline"
+    text = markdown(header, body)
+    assert text.splitlines()[0].startswith("| optimizer | steps |") and len(text.splitlines()) == 6
+
+
+def test_the_cost_of_tuning(rows):
+    _, body = tuning_table([rows["fast"]])
+    assert body[0][2:] == ["3", "1", "300", "0.8", "yes", "1.0"]
+    edge = dataclasses.replace(rows["fast"], tuned=Tuned("lr", _tuned().trials[:2]))
+    assert tuning_table([edge])[1][0][6] == "NO: lr at the edge of what was tried"
+
+
+def test_profiles_over_tasks(rows):
+    second = [dataclasses.replace(rows["fast"], task="two", to_target={"step": [60.0] * 6})]
+    second += [dataclasses.replace(rows["base"], task="two", to_target={"step": [30.0] * 6})]
+    header, body = profile_table([rows["fast"], rows["base"], *second], "step")
+    assert header == ["optimizer", "score", "ratio 1", "ratio 2"]
+    # each is first once and twice as slow once: (3 + 2) / 6
+    assert sorted(body) == [["base", "0.833", "1.00", "2.00"], ["fast", "0.833", "1.00", "2.00"]]
+    without = [dataclasses.replace(r, to_target={}) for r in rows.values()]
+    assert profile_table(without, "step") == ([], [])
