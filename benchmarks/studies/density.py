@@ -84,14 +84,16 @@ class Settings:
 
 
 def convolutional(channels: Sequence[int], side: int, classes: int, *, batch_norm: bool) -> nn.Sequential:
-    """3 x 3 convolutions, each with BatchNorm if asked for, ReLU and pooling by two, then a linear layer."""
+    """3 x 3 convolutions, each with BatchNorm if asked for, ReLU and, while there is something to pool, pooling by two."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise([1, *channels]):
         layers.append(nn.Conv2d(n_in, n_out, 3, padding=1))
         layers += [nn.BatchNorm2d(n_out)] if batch_norm else []
-        layers += [nn.ReLU(), nn.MaxPool2d(2)]
-    left = side // 2 ** len(channels)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left**2, classes))
+        layers.append(nn.ReLU())
+        if side > 1:
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * side**2, classes))
 
 
 @register("density")
@@ -118,11 +120,8 @@ class DensityStudy(Study):
             )
         if not s.rates or min(s.rates) <= 0:
             raise ConfigError(f"rates must hold positive learning rates, got {s.rates}")
-        if not s.cnn_channels or s.cnn_side // 2 ** len(s.cnn_channels) < 1:
-            raise ConfigError(
-                f"cnn_channels must hold 1 to {s.cnn_side.bit_length() - 1} entries for cnn_side={s.cnn_side}, "
-                f"got {s.cnn_channels}"
-            )
+        if not s.cnn_channels or min(s.cnn_channels) < 1:
+            raise ConfigError(f"cnn_channels must hold positive numbers, got {s.cnn_channels}")
         classes = self._problem("ce", torch.device("cpu")).classes
         if s.leading < classes + 2:
             raise ConfigError(f"leading must be at least {classes + 2}, two more than classes, got {s.leading}")

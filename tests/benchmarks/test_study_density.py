@@ -64,6 +64,13 @@ def test_convolutional_network():
     bn = convolutional([8, 16], 14, 10, batch_norm=True)
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in bn) == 2
     assert bn(torch.randn(3, 1, 14, 14)).shape == (3, 10)
+    deep = convolutional([2, 2, 2, 2], 4, 10, batch_norm=True)  # more layers than can be pooled
+    assert sum(isinstance(m, torch.nn.MaxPool2d) for m in deep) == 2 and deep(torch.randn(3, 1, 4, 4)).shape == (3, 10)
+
+
+def test_the_full_size_fits_the_bundled_digits():
+    config = load_study("density", size="paper")
+    assert config.study.dataset == "digits" and len(config.settings["cnn_channels"]) == 4
 
 
 @pytest.mark.parametrize("batch_size", [20, 500])
@@ -94,7 +101,7 @@ def test_descend_is_sgd(batch_size):
         ("middle=3000", "middle must be at most steps=10, got 3000"),
         ("bn_early=7", "bn_early <= bn_middle <= bn_steps must hold, got 7, 5, 10"),
         ("rates=[0.1,-1]", "rates must hold positive learning rates, got"),
-        ("cnn_channels=[2,2,2]", "cnn_channels must hold 1 to 2 entries for cnn_side=4"),
+        ("cnn_channels=[2,0]", "cnn_channels must hold positive numbers, got [2, 0]"),
         ("leading=11", "leading must be at least 12, two more than classes, got 11"),
         ("cnn_side=5", "side=5 does not divide the images of digits"),
         ("mass_batches=0", "mass_batches must be at least 1, got 0"),

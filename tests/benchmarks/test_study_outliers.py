@@ -54,6 +54,11 @@ def test_tiny_run(tmp_path):
     assert bn[0] == pytest.approx(arms["bn-small"].values["loss"])
 
 
+def test_the_full_size_fits_the_bundled_digits():
+    config = load_study("outliers", size="paper")
+    assert config.study.dataset == "digits" and config.settings["widths"] == [10, 30, 70]
+
+
 # ---- pieces
 def test_fewer_classes():
     for loss in ("mse", "cross_entropy"):
