@@ -1,4 +1,4 @@
-"""curvopt's own optimizers, as data."""
+"""curvopt's own optimizers, and the rivals that are written here, as data."""
 
 from __future__ import annotations
 
@@ -66,5 +66,43 @@ register(
         fixed={"rank": 0},
         search={"history_size": Choice((50, 20, 100)), "line_search_fn": Choice(("armijo", "strong_wolfe"))},
         remarks="The control: plain L-BFGS with the same line search.",
+    ),
+)
+
+
+def _rival(name: str, target: str, family: str, paper: str, search: SearchSpace, **kw: object) -> Entry:
+    return Entry(
+        name,
+        f"curvopt.zoo.rivals.{target}",
+        family,
+        needs_closure=True,
+        param_groups=False,
+        memory=None,
+        paper=paper,
+        licence="MIT",
+        search=search,
+        **kw,  # type: ignore[arg-type]
+    )
+
+
+_DENSE: SearchSpace = {"line_search_fn": Choice(("strong_wolfe", "armijo")), "initial_scale": Choice((True, False))}
+
+register(
+    _rival(
+        "ssbroyden",
+        "bfgs:BFGS",
+        "quasi-newton",
+        "Urban, Stefanou and Pons 2025",
+        _DENSE,
+        remarks="Dense inverse Hessian, P^2 numbers: at most 20,000 parameters. Up to max_iter=20 iterations a step.",
+    ),
+    _rival(
+        "bfgs",
+        "bfgs:BFGS",
+        "quasi-newton",
+        "Nocedal and Wright 2006",
+        _DENSE,
+        fixed={"update": "bfgs"},
+        remarks="Dense inverse Hessian, P^2 numbers: at most 20,000 parameters. Up to max_iter=20 iterations a step.",
     ),
 )

@@ -1,0 +1,322 @@
+"""Dense BFGS and self-scaled Broyden: closed forms, dense references, a small physics-informed network."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.physics import EQUATIONS, JetMLP
+from benchmarks.physics.equations import BOUNDARY, INITIAL, INTERIOR
+from benchmarks.tasks.pinn import Residuals
+from curvopt._errors import LineSearchWarning, NonFiniteError, NonFiniteWarning
+from curvopt.zoo.rivals import BFGS
+from curvopt.zoo.rivals.dense_inverse import UPDATES, DenseInverse, factors
+from tests.quadratics import Quartic, flat, parameters, with_spectrum
+
+
+class SmallPinn:
+    """Convection with two layers of eight: residuals, their mean square, and closures of both kinds."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        equation = EQUATIONS["convection"](2.0)
+        self.net = Residuals(JetMLP(equation.low, equation.high, (8, 8)), equation)
+        generator = torch.Generator().manual_seed(0)
+        rows = []
+        for kind, n in ((INTERIOR, 60), (INITIAL, 15), (BOUNDARY, 16)):
+            points = equation.sample(n, kind, generator)
+            rows.append(torch.cat([points, points.new_full((n, 1), kind), points.new_full((n, 1), 91 / n)], dim=1))
+        self.rows = torch.cat(rows)
+        self.params = list(self.net.parameters())
+
+    def residuals(self):
+        return self.net(self.rows)[:, 0]
+
+    def loss(self):
+        return self.residuals().square().mean()
+
+    def value(self):
+        return self.loss().item()
+
+    def closure(self, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss()
+            loss.backward()
+            return loss
+
+        return closure
+
+
+def quartic_closure(op, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        op.backward()
+        return torch.tensor(op.value(), dtype=torch.float64)
+
+    return closure
+
+
+MAKERS = {
+    "ssbroyden": lambda params, **kw: BFGS(params, **kw),
+    "bfgs": lambda params, **kw: BFGS(params, update="bfgs", **kw),
+}
+each = pytest.mark.parametrize("name", MAKERS)
+
+
+# ---- the updates
+def test_bfgs_with_exact_search_ends_in_p_steps_with_the_true_inverse():
+    n = 12
+    matrix = with_spectrum(torch.logspace(0, 1.5, n, dtype=torch.float64).tolist())
+    inverse = DenseInverse(n, torch.float64, torch.device("cpu"), "bfgs")
+    x = torch.linspace(1, 2, n, dtype=torch.float64)
+    for _ in range(n):
+        gradient = matrix @ x
+        direction = -(inverse.matrix @ gradient)
+        t = -(gradient @ direction) / (direction @ matrix @ direction)
+        step = t * direction
+        assert inverse.push(step, matrix @ step, -t * (step @ gradient))
+        x = x + step
+    # rounding grows along conjugate directions with the condition number, 30: a few hundred eps
+    assert float(x.norm()) < 1e-9
+    assert float((inverse.matrix @ matrix - torch.eye(n, dtype=torch.float64)).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("initial_scale", [True, False])
+def test_updates_satisfy_the_secant_equation_and_stay_positive_definite(update, initial_scale):
+    n = 9
+    inverse = DenseInverse(n, torch.float64, torch.device("cpu"), update, initial_scale)
+    generator = torch.Generator().manual_seed(3)
+    for i in range(30):
+        hessian = with_spectrum(
+            torch.logspace(-1, 1, n, dtype=torch.float64).tolist(), seed=i
+        )  # it changes at each step
+        step = torch.randn(n, generator=generator, dtype=torch.float64)
+        change = hessian @ step
+        assert inverse.push(step, change, step @ torch.linalg.solve(inverse.matrix, step))
+        values = torch.linalg.eigvalsh(inverse.matrix)
+        assert float(values[0]) > 0
+        # eps times the numbers added up in a product
+        assert float((inverse.matrix @ change - step).norm()) < 1e-12 * float(values[-1]) * float(change.norm())
+        assert torch.allclose(inverse.matrix, inverse.matrix.T, rtol=0, atol=1e-14 * float(values[-1]))
+
+
+def test_ssbroyden_against_its_formula_on_whole_matrices():
+    """Broyden's family as a sum of BFGS and DFP, scaled; theta, tau and phi from the definitions, in another order."""
+    n = 6
+    inverse = DenseInverse(n, torch.float64, torch.device("cpu"), "ssbroyden", initial_scale=False)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(6):
+        before = inverse.matrix.clone()
+        s, y = torch.randn(2, n, generator=generator, dtype=torch.float64)
+        y = y if float(s @ y) > 0 else -y
+        hessian = torch.linalg.inv(before)
+        h, b = float(y @ before @ y / (s @ y)), float(s @ hessian @ s / (s @ y))
+        a = h * b - 1
+        c = math.sqrt(a / (1 + a))
+        low = min(1.0, h * (1 - c))
+        theta = max((low - 1) / a, min(1 / low, (1 - b) / b))
+        sigma, rho = 1 + theta * a, min(1.0, 1 / b)
+        root = sigma ** (1 / (1 - n))
+        tau = min(rho * root, sigma) if theta <= 0 else rho * min(root, 1 / theta)
+        phi = (1 - theta) / sigma
+        rank_one, d = torch.outer(s, s), float(s @ y)
+        eye = torch.eye(n, dtype=torch.float64)
+        w = before @ y
+        dfp = before - torch.outer(w, w) / (y @ w)
+        turn = eye - torch.outer(s, y) / d
+        bfgs = turn @ before @ turn.T
+        expected = ((1 - phi) * dfp + phi * bfgs) / tau + rank_one / d
+        assert inverse.push(s, y, s @ hessian @ s)
+        assert torch.allclose(inverse.matrix, expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "h, b", [(1.0, 1.0), (1e-8, 1e8), (1e8, 1e-8), (1e12, 1e3), (1e-3, 1e3), (2.0, 0.5), (1e150, 1e150)]
+)
+def test_factors_are_finite_where_a_vanishes_or_is_huge(h, b):
+    for first in (True, False):
+        tau, phi = factors(h, b, 10, first)
+        assert 0 < tau < math.inf and math.isfinite(phi)
+        assert 1 + max(h * b - 1, 0) * phi > 0  # what keeps the matrix positive definite
+
+
+def test_a_pair_of_negative_curvature_is_refused():
+    inverse = DenseInverse(3, torch.float64, torch.device("cpu"))
+    s = torch.ones(3, dtype=torch.float64)
+    assert not inverse.push(s, -s, s @ s)
+    assert torch.equal(inverse.matrix, torch.eye(3, dtype=torch.float64)) and inverse.count == 0
+
+
+# ---- the optimizers
+@each
+def test_lowers_the_loss_of_a_small_pinn(name):
+    problem = SmallPinn()
+    start = problem.value()
+    optimizer = MAKERS[name](problem.params)
+    losses = [optimizer.step(problem.closure(optimizer)).item() for _ in range(6)]
+    assert losses[0] == start and problem.value() < 1e-2 * start
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+    assert optimizer.stats()["iterations"] > 0 and optimizer.reason
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_superlinear_on_a_quartic(update):
+    params = parameters([(4, 3), (5,)])
+    op = Quartic(with_spectrum(torch.logspace(0, 2, 17).tolist()), params, c=0.5)
+    optimizer = BFGS(params, max_iter=200, max_eval=1000, update=update, tolerance_grad=1e-9, tolerance_change=0.0)
+    optimizer.step(quartic_closure(op, optimizer))
+    assert "tolerance_grad" in optimizer.reason
+    assert float(flat(params).abs().max()) < 1e-8  # the least eigenvalue of the Hessian is 1
+    exact = torch.linalg.inv(op.dense())
+    # quasi-Newton matrices come close to the inverse along the steps taken, not everywhere: a tenth
+    found = optimizer.state[params[0]]["inverse"]
+    assert float((found - exact).norm() / exact.norm()) < 0.5
+
+
+@each
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_a_saved_state_goes_on_with_the_same_bits(name, way):
+    first = SmallPinn()
+    optimizer = MAKERS[name](first.params, max_iter=7)
+    for _ in range(3):
+        optimizer.step(first.closure(optimizer))
+    if way == "state_dict":
+        buffer = io.BytesIO()
+        torch.save({"net": first.net.state_dict(), "opt": optimizer.state_dict()}, buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)
+        second = SmallPinn(seed=1)
+        second.net.load_state_dict(saved["net"])
+        twin = MAKERS[name](second.params, max_iter=7)
+        twin.load_state_dict(saved["opt"])
+    else:
+        both = (first, optimizer)
+        second, twin = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert twin.stats()["iterations"] == optimizer.stats()["iterations"] > 0
+    for opt, problem in ((optimizer, first), (twin, second)):
+        opt.step(problem.closure(opt))
+    assert all(torch.equal(a, b) for a, b in zip(first.params, second.params, strict=True))
+    assert twin.stats() == optimizer.stats()
+
+
+@each
+def test_a_state_of_another_optimizer_starts_anew_and_one_of_another_shape_is_refused(name):
+    problem = SmallPinn()
+    adam = torch.optim.Adam(problem.params)
+    problem.closure(adam)()
+    adam.step()
+    optimizer = MAKERS[name](problem.params)
+    optimizer.step(problem.closure(optimizer))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "state": adam.state_dict()["state"]})
+    assert optimizer.stats()["iterations"] == 0
+    optimizer.step(problem.closure(optimizer))
+    other = MAKERS[name]([nn.Parameter(torch.ones(p.shape[0], dtype=torch.float64)) for p in problem.params])
+    with pytest.raises(ValueError, match="has shape .* expected"):
+        other.load_state_dict(saved)
+
+
+@each
+def test_nan_is_refused_and_the_parameters_stay(name):
+    problem = SmallPinn()
+    optimizer = MAKERS[name](problem.params)
+    before = [p.detach().clone() for p in problem.params]
+    honest = problem.residuals
+    problem.residuals = lambda: honest() * math.nan
+    with pytest.warns(NonFiniteWarning, match="refused"):
+        for _ in range(4):
+            optimizer.step(problem.closure(optimizer))
+    assert "refused" in optimizer.reason
+    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+        optimizer.step(problem.closure(optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(problem.params, before, strict=True))
+    problem.residuals = honest
+    optimizer.step(problem.closure(optimizer))
+    assert not torch.equal(problem.params[0], before[0])
+
+
+@each
+def test_a_search_that_fails_warns_and_leaves_the_parameters_whole(name):
+    """The loss rises wherever the parameters move: no step can be accepted."""
+    problem = SmallPinn()
+    optimizer = MAKERS[name](problem.params)
+    home = [p.detach().clone() for p in problem.params]
+    honest = problem.residuals
+
+    def rising():
+        moved = any(not torch.equal(p, q) for p, q in zip(problem.params, home, strict=True))
+        return honest() + 1e3 * moved
+
+    problem.residuals = rising
+    with pytest.warns(LineSearchWarning, match="the parameters are at the last accepted iterate"):
+        optimizer.step(problem.closure(optimizer))
+    assert "failed" in optimizer.reason and optimizer.stats()["failures"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(problem.params, home, strict=True))
+    problem.residuals = honest
+    optimizer.step(problem.closure(optimizer))
+    assert problem.value() < SmallPinn().value()
+
+
+@each
+def test_an_error_of_the_closure_leaves_the_last_iterate(name):
+    problem = SmallPinn()
+    optimizer = MAKERS[name](problem.params)
+    honest, home = problem.residuals, [p.detach().clone() for p in problem.params]
+
+    def failing():
+        if any(not torch.equal(p, q) for p, q in zip(problem.params, home, strict=True)):
+            raise OSError("disk")
+        return honest()
+
+    problem.residuals = failing
+    with pytest.raises(OSError, match="disk"):
+        optimizer.step(problem.closure(optimizer))
+    assert optimizer.reason == "the step ended by an error"
+    assert all(torch.equal(a, b) for a, b in zip(problem.params, home, strict=True))
+
+
+# ---- what is refused
+@each
+def test_settings_that_are_out_of_range(name):
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="max_iter must be at least 1, got 0"):
+        MAKERS[name](params, max_iter=0)
+    with pytest.raises(TypeError, match="max_iter must be an int"):
+        MAKERS[name](params, max_iter=2.5)
+    with pytest.raises(ValueError, match="tolerance_grad must be at least 0"):
+        MAKERS[name](params, tolerance_grad=-1.0)
+    with pytest.raises(TypeError, match=r"takes float32 or float64 parameters, got torch\.bfloat16"):
+        MAKERS[name]([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+    with pytest.raises(ValueError, match=r"needs step\(closure\)"):
+        MAKERS[name](params).step()
+    groups = [{"params": params}, {"params": [nn.Parameter(torch.ones(3))], "max_iter": 3}]
+    with pytest.raises(ValueError, match="their max_iter must agree"):
+        MAKERS[name](groups)
+
+
+def test_bfgs_takes_only_known_updates():
+    with pytest.raises(ValueError, match="update must be 'bfgs' or 'ssbroyden', got 'dfp'"):
+        BFGS([nn.Parameter(torch.ones(2))], update="dfp")
+
+
+@pytest.mark.parametrize("name", ["ssbroyden", "bfgs"])
+def test_too_many_parameters_for_a_dense_matrix(name):
+    with pytest.raises(ValueError, match=r"20,001 are more than the 20,000 that it takes \(3\.2 GB"):
+        MAKERS[name]([nn.Parameter(torch.ones(20_001))])
+
+
+@each
+def test_a_group_added_later_is_trained(name):
+    problem = SmallPinn()
+    optimizer = MAKERS[name](problem.params[:2])
+    optimizer.step(problem.closure(optimizer))
+    before = problem.params[2].detach().clone()
+    optimizer.add_param_group({"params": problem.params[2:]})
+    optimizer.step(problem.closure(optimizer))
+    assert not torch.equal(problem.params[2], before)
