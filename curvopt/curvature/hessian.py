@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from curvopt._errors import CurvatureModeWarning, DoubleBackwardError
+from curvopt._errors import CurvatureError, CurvatureModeWarning, DoubleBackwardError
 from curvopt._params import ParameterLayout
 from curvopt.curvature.check import Probe, probe_double_backward
 from curvopt.curvature.cost import Cost, counted, fitted
 from curvopt.curvature.data import tensors_in
 from curvopt.curvature.differences import difference_product, scale_of, truncation_error
 from curvopt.curvature.graphs import GradientGraph, GraphCache
+from curvopt.curvature.kinks import kinks_of
 from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
@@ -167,6 +168,7 @@ class Hessian(ProblemOperator):
 
     Raises:
         DoubleBackwardError: the probe failed and no other way is open, or ``method="double_backward"`` was asked for.
+        CurvatureError: ``method="finite_difference"`` for a net with ReLU or max-pooling in float32.
 
     Example:
         >>> curvature = Hessian(model, torch.nn.CrossEntropyLoss(), (x, y))  # doctest: +SKIP
@@ -239,6 +241,8 @@ class Hessian(ProblemOperator):
         self._displaced: list[Tensor] | None = None
         self.probe: Probe | None = None
         self.method = "finite_difference" if method == "finite_difference" else "double_backward"
+        if check and self.method == "finite_difference" and (jumps := kinks_of(problem)) is not None:
+            raise CurvatureError(jumps)
         if check and self.method == "double_backward":
             self.probe = probe_double_backward(problem)
             if self.probe.failed:
@@ -249,6 +253,8 @@ class Hessian(ProblemOperator):
     def _give_way(self, probe: Probe, method: str) -> None:
         if method == "double_backward" or not probe.differences_work:
             raise DoubleBackwardError(probe.message())
+        if (jumps := kinks_of(self.problem)) is not None:
+            raise DoubleBackwardError(f"{probe.message()}\nDifferences are no way out: {jumps}")
         warnings.warn(
             f"{probe.message()}\nUsing method='finite_difference' from here on.", CurvatureModeWarning, stacklevel=4
         )
