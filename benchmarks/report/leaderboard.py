@@ -193,6 +193,8 @@ def profile_table(found: Sequence[Standing], axis: str) -> tuple[list[str], list
     if not times:
         return [], []
     ratios = profile(times)
+    if not any(ratios.values()):  # nobody reached any target
+        return [], []
     body = [
         [name, f"{profile_score(values):.3f}", *(f"{r:.2f}" if math.isfinite(r) else "missed" for r in values)]
         for name, values in ratios.items()
@@ -209,7 +211,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
-    """Write ``report.md``, ``leaderboard.csv`` and the figure of the profiles to the suite's folder.
+    """Write ``report.md``, ``leaderboard.csv`` and the figures with their data to the suite's folder.
 
     Raises:
         ConfigError: the suite is not finished.
@@ -228,6 +230,12 @@ def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
         parts.append(f"Tuning on {task}:\n\n" + markdown(*tuning_table(rows)))
         lost = [f"- {r.label}: {reason}" for r in rows for reason in r.reasons]
         parts += ["Runs that did not end well:\n\n" + "\n".join(lost)] if lost else []
+    from benchmarks.report.suite_plots import profile_figure, sensitivity_figure
+
+    for figure in (profile_figure(found, out), sensitivity_figure(found, out)):
+        if figure is not None:
+            words = figure.stem.replace("_", " ")
+            parts.append(f"![{words}]({figure.name})\n\nData: [{figure.stem}.csv]({figure.stem}.csv)")
     parts.append(f"Made by `{command}`.")
     atomic_write_text(out / "leaderboard.csv", _csv(found))
     return atomic_write_text(out / "report.md", "\n\n".join(parts) + "\n")

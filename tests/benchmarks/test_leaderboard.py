@@ -113,3 +113,19 @@ def test_profiles_over_tasks(rows):
     assert sorted(body) == [["base", "0.833", "1.00", "2.00"], ["fast", "0.833", "1.00", "2.00"]]
     without = [dataclasses.replace(r, to_target={}) for r in rows.values()]
     assert profile_table(without, "step") == ([], [])
+    assert profile_table([rows["lost"]], "step") == ([], [])  # a task that nobody solved
+
+
+def test_figures_show_the_ratios_and_the_trials(rows, tmp_path):
+    import pandas as pd
+
+    from benchmarks.report.suite_plots import profile_figure, sensitivity_figure
+
+    path = profile_figure([rows["fast"], rows["base"], rows["lost"]], tmp_path)
+    table = pd.read_csv(path.with_suffix(".csv"))
+    steps = table[table["axis"] == "step"].set_index("optimizer")["ratio"]
+    assert steps.to_dict() == {"fast": 1.0, "base": 2.0, "lost": INF} and path.stat().st_size > 1000
+    assert profile_figure([dataclasses.replace(rows["fast"], to_target={})], tmp_path / "none") is None
+    path = sensitivity_figure([rows["fast"], rows["lost"]], tmp_path)
+    table = pd.read_csv(path.with_suffix(".csv"))
+    assert table["train_loss"].tolist() == [2.0, 1.0, INF] * 2 and table["lr"].tolist() == [0.01, 0.1, 1.0] * 2
