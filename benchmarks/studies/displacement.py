@@ -201,8 +201,8 @@ class DisplacementStudy(Study):
                 ax.set_ylim(-0.03, 1.03)
             label_axes(axes[i, 0], "waiting time $t$ in steps", f"$q(t, t + {s.lag})$", title=title)
             label_axes(axes[i, 1], "lag $s$ in steps", f"$q({s.burn_in}, {s.burn_in} + s)$", title=title)
-            runs = {arm: [arms[f"{loss}-{arm}"] for arms in seeds.values()] for arm in ("sgd", "adam")}
-            found = grouped_bands(axes[i, 2], runs, "ipr_first")
+            groups = {arm: [arms[f"{loss}-{arm}"] for arms in seeds.values()] for arm in ("sgd", "adam")}
+            found = grouped_bands(axes[i, 2], groups, "ipr_first")
             data += band_rows(found, title, "ipr_first")
             nulls = [float(arms[f"{loss}-null"].values["ipr_first"]) for arms in seeds.values()]
             axes[i, 2].axhline(
