@@ -9,7 +9,7 @@ from curvopt.zoo.registry import Entry, Range, describe, names
 
 def _needs(entry: Entry) -> Iterator[str]:
     if entry.needs_closure:
-        yield "closure"
+        yield "closure of residuals" if entry.needs_residuals else "closure"
     if entry.needs_create_graph:
         yield "create_graph"
     if entry.needs_curvature:

@@ -105,4 +105,13 @@ register(
         fixed={"update": "bfgs"},
         remarks="Dense inverse Hessian, P^2 numbers: at most 20,000 parameters. Up to max_iter=20 iterations a step.",
     ),
+    _rival(
+        "levenberg-marquardt",
+        "levenberg:LevenbergMarquardt",
+        "curvature",
+        "Madsen, Nielsen and Tingleff 2004",
+        {"damping": Range(1e-6, 1.0)},
+        needs_residuals=True,
+        remarks="Holds the Jacobian, residuals times parameters: at most 20,000 of each. max_iter=20 Jacobians a step.",
+    ),
 )

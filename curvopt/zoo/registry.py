@@ -67,6 +67,7 @@ class Entry:
         omits: arguments of the parent class that this one fixes and refuses.
         required: arguments without a default that ``create`` must be given.
         needs_closure: ``step`` must be given a closure.
+        needs_residuals: that closure returns the residuals themselves, without ``backward()``.
         needs_create_graph: gradients must come from ``backward(create_graph=True)``.
         needs_curvature: ``create`` must be given ``curvature=``.
         needs_train_mode: the optimizer has ``train()`` and ``eval()`` that must be called.
@@ -95,6 +96,7 @@ class Entry:
     omits: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     needs_closure: bool = False
+    needs_residuals: bool = False
     needs_create_graph: bool = False
     needs_curvature: bool = False
     needs_train_mode: bool = False

@@ -157,7 +157,12 @@ def _pull(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PLAIN if not (FACTS[n].needs_create_graph or FACTS[n].family == "quasi-newton")]
+    "name",
+    [
+        n
+        for n in PLAIN
+        if not (FACTS[n].needs_create_graph or FACTS[n].needs_residuals or FACTS[n].family == "quasi-newton")
+    ],
 )
 def test_who_holds_a_copy_of_the_parameters_undoes_what_is_done_behind_its_back(name):
     pull = _pull(name)

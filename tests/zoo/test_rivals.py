@@ -13,8 +13,9 @@ from benchmarks.physics import EQUATIONS, JetMLP
 from benchmarks.physics.equations import BOUNDARY, INITIAL, INTERIOR
 from benchmarks.tasks.pinn import Residuals
 from curvopt._errors import LineSearchWarning, NonFiniteError, NonFiniteWarning
-from curvopt.zoo.rivals import BFGS
+from curvopt.zoo.rivals import BFGS, LevenbergMarquardt
 from curvopt.zoo.rivals.dense_inverse import UPDATES, DenseInverse, factors
+from curvopt.zoo.rivals.levenberg import damped_step, gram_matrix
 from tests.quadratics import Quartic, flat, parameters, with_spectrum
 
 
@@ -43,6 +44,9 @@ class SmallPinn:
         return self.loss().item()
 
     def closure(self, optimizer):
+        if isinstance(optimizer, LevenbergMarquardt):
+            return lambda: self.residuals()
+
         def closure():
             optimizer.zero_grad()
             loss = self.loss()
@@ -63,6 +67,7 @@ def quartic_closure(op, optimizer):
 
 MAKERS = {
     "ssbroyden": lambda params, **kw: BFGS(params, **kw),
+    "levenberg": LevenbergMarquardt,
     "bfgs": lambda params, **kw: BFGS(params, update="bfgs", **kw),
 }
 each = pytest.mark.parametrize("name", MAKERS)
@@ -217,6 +222,8 @@ def test_a_state_of_another_optimizer_starts_anew_and_one_of_another_shape_is_re
     optimizer.load_state_dict({**saved, "state": adam.state_dict()["state"]})
     assert optimizer.stats()["iterations"] == 0
     optimizer.step(problem.closure(optimizer))
+    if name == "levenberg":  # two numbers, no tensor that could have another shape
+        return
     other = MAKERS[name]([nn.Parameter(torch.ones(p.shape[0], dtype=torch.float64)) for p in problem.params])
     with pytest.raises(ValueError, match="has shape .* expected"):
         other.load_state_dict(saved)
@@ -281,6 +288,89 @@ def test_an_error_of_the_closure_leaves_the_last_iterate(name):
     assert all(torch.equal(a, b) for a, b in zip(problem.params, home, strict=True))
 
 
+# ---- Levenberg-Marquardt
+@pytest.mark.parametrize("rows, columns", [(7, 12), (12, 7), (9, 9)])
+def test_damped_step_equals_the_dense_one(rows, columns):
+    generator = torch.Generator().manual_seed(1)
+    jacobian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    residuals = torch.randn(rows, generator=generator, dtype=torch.float64)
+    for damping in (1e-3, 1.0, 1e3):
+        matrix = jacobian.T @ jacobian + damping * torch.eye(columns, dtype=torch.float64)
+        expected = -torch.linalg.solve(matrix, jacobian.T @ residuals)
+        found = damped_step(gram_matrix(jacobian), jacobian, residuals, damping)
+        assert float((found - expected).norm()) < 1e-10 * float(expected.norm())
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 91])
+def test_first_levenberg_step_equals_the_dense_one_of_an_explicit_jacobian(blocks):
+    problem, twin = SmallPinn(), SmallPinn()
+    rows = []  # one reverse pass a residual
+    for r in twin.residuals():
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(r, twin.params, retain_graph=True)]))
+    jacobian, residuals = torch.stack(rows), twin.residuals().detach()
+    mu = 0.1 * float(jacobian.square().sum(0).max())
+    expected = -torch.linalg.solve(
+        jacobian.T @ jacobian + mu * torch.eye(jacobian.shape[1], dtype=torch.float64), jacobian.T @ residuals
+    )
+    optimizer = LevenbergMarquardt(problem.params, max_iter=1, damping=0.1)
+    loss = optimizer.step(lambda: [problem.net(part)[:, 0] for part in problem.rows.chunk(blocks)])
+    assert loss.item() == pytest.approx(twin.value(), rel=1e-14)
+    assert optimizer.stats()["iterations"] == 1 and optimizer.stats()["closure_calls"] == 2
+    moved = flat(problem.params) - flat(twin.params)
+    assert float((moved - expected).norm()) < 1e-10 * float(expected.norm())
+
+
+def test_a_linear_problem_ends_in_its_least_squares_solution():
+    generator = torch.Generator().manual_seed(2)
+    matrix, right = (
+        torch.randn(20, 6, generator=generator, dtype=torch.float64),
+        torch.arange(20.0, dtype=torch.float64),
+    )
+    x = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = LevenbergMarquardt([x])
+    optimizer.step(lambda: matrix @ x - right)
+    expected = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    # the loss is exact to rounding, so the solution to the root of that
+    assert float((x.detach() - expected).norm()) < 1e-6 * float(expected.norm())
+    assert optimizer.stats()["iterations"] < 15
+
+
+class Bent(torch.autograd.Function):
+    """The identity; its derivative looks at numbers, which a batched reverse pass can't."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if grad.abs().max() > 0 else grad
+
+
+def test_rows_are_taken_one_by_one_where_they_cannot_be_batched():
+    plain, bent = SmallPinn(), SmallPinn()
+    first, second = LevenbergMarquardt(plain.params, max_iter=2), LevenbergMarquardt(bent.params, max_iter=2)
+    first.step(plain.residuals)
+    second.step(lambda: Bent.apply(bent.residuals()))
+    assert first.stats()["batched"] and not second.stats()["batched"]
+    # sums in another order: some eps through two solves
+    assert torch.allclose(flat(plain.params), flat(bent.params), rtol=1e-9, atol=1e-12)
+
+
+def test_residuals_that_are_none():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = LevenbergMarquardt([x])
+    with pytest.raises(ValueError, match="returned a scalar: it must return the residuals themselves"):
+        optimizer.step(lambda: x.sum())
+    with pytest.raises(TypeError, match="a tensor or a list of tensors; it returned NoneType"):
+        optimizer.step(lambda: None)
+    with pytest.raises(ValueError, match="depend on no parameter"):
+        optimizer.step(lambda: x.detach())
+    with pytest.raises(ValueError, match="over the residuals: 20,001 are more"):
+        optimizer.step(lambda: x[0] * torch.ones(20_001))
+    assert torch.equal(x.detach(), torch.ones(3))
+
+
 # ---- what is refused
 @each
 def test_settings_that_are_out_of_range(name):
@@ -305,7 +395,7 @@ def test_bfgs_takes_only_known_updates():
         BFGS([nn.Parameter(torch.ones(2))], update="dfp")
 
 
-@pytest.mark.parametrize("name", ["ssbroyden", "bfgs"])
+@pytest.mark.parametrize("name", ["ssbroyden", "bfgs", "levenberg"])
 def test_too_many_parameters_for_a_dense_matrix(name):
     with pytest.raises(ValueError, match=r"20,001 are more than the 20,000 that it takes \(3\.2 GB"):
         MAKERS[name]([nn.Parameter(torch.ones(20_001))])

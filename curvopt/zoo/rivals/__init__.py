@@ -1,5 +1,6 @@
 """Rivals of SubspaceLBFGS on full-batch problems, written as their papers have them."""
 
 from curvopt.zoo.rivals.bfgs import BFGS as BFGS
+from curvopt.zoo.rivals.levenberg import LevenbergMarquardt as LevenbergMarquardt
 
-__all__ = ["BFGS"]
+__all__ = ["BFGS", "LevenbergMarquardt"]

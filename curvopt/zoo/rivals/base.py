@@ -69,6 +69,7 @@ class Rival(torch.optim.Optimizer):
                 f"{type(self).__name__} takes float32 or float64 parameters, got {self._layout.params[0].dtype}"
             )
         self._evaluate = Evaluator(self._layout)
+        self._settings()
         self._fresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
