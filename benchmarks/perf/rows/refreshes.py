@@ -130,7 +130,7 @@ def averaged(lab: Lab) -> list[Row]:
         first = 1000 * next(turn)
         return t.rows(slice(first, first + 1000))
 
-    subspace = DominantSubspace(curvopt.Hessian(model, t.loss_fn, batch, check=False), 9, gain=0.3)
+    subspace = DominantSubspace(curvopt.Hessian(model, t.loss_fn, batch, check=False), 9, gain=0.25)
     lines: list[str] = []
     worst, margin = 1.0, 1.0
     start: Tensor | None = None

@@ -65,7 +65,7 @@ def projection(lab: Lab) -> list[Row]:
 def auto_run(lab: Lab) -> list[Row]:
     """A whole run with ``refresh_every="auto"``, ``overhead=0.1``: the share of refreshes after the first."""
     out = []
-    for batch, steps in ((500, 300), (50, 600)):
+    for batch, steps in ((500, 1500), (50, 2000)):
         lab.say(f"a run with refresh_every='auto', mlp, batch {batch}")
         t = lab.trained("mlp")
         model = t.at(0).train()
