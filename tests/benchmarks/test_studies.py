@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.studies.config import ClaimSpec, load_study, read_file, resolve
 from benchmarks.studies.folder import StudyFolder
 from benchmarks.studies.report import publish
 from benchmarks.studies.run import perform
+from curvopt._errors import GapWarning
 from tests.benchmarks import study_toy
 from tests.benchmarks.study_toy import Toy, written
 
@@ -261,6 +263,24 @@ def test_torch_threads_are_as_they_were(tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_warnings_of_refreshes_are_counted_and_others_shown(tmp_path, monkeypatch):
+    plain = Toy.run
+
+    def warning(self, part, lab):
+        if part.arm == "walk":
+            for _ in range(3):
+                warnings.warn("no gap", GapWarning, stacklevel=1)
+        if part.name == "seed-0-other":
+            warnings.warn("look here", UserWarning, stacklevel=1)
+        return plain(self, part, lab)
+
+    monkeypatch.setattr(Toy, "run", warning)
+    with pytest.warns(UserWarning, match="look here") as seen:
+        report, _ = run(tmp_path)
+    assert not [w for w in seen if w.category is GapWarning]
+    assert report.warnings == {"GapWarning": 3} and "GapWarning in 3 parts" in (report.folder / "claims.md").read_text()
 
 
 def test_fresh_starts_over(tmp_path):
