@@ -114,4 +114,12 @@ register(
         needs_residuals=True,
         remarks="Holds the Jacobian, residuals times parameters: at most 20,000 of each. max_iter=20 Jacobians a step.",
     ),
+    _rival(
+        "nncg",
+        "nncg:NystromNewtonCG",
+        "curvature",
+        "arXiv 2402.01868",
+        {"damping": Range(1e-5, 1e-1)},
+        remarks="Up to max_iter=20 iterations a step, each with a solve of up to cg_iterations=1000 Hessian products.",
+    ),
 )

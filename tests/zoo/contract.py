@@ -11,6 +11,7 @@ from curvopt.curvature import Hessian
 # What an entry cannot work without, or what makes it work on problems as small as these.
 ARGUMENTS = {
     "interpolated-sgd": {"dominant": 0.5, "bulk": 1.0},
+    "nncg": {"max_iter": 3, "rank": 10, "cg_iterations": 20},  # for speed
     "pytorch-optimizer/ranger21": {"num_iterations": 200},
     "pytorch-optimizer/spectralsphere": {"solver_max_iterations": 5},  # for speed
     "pytorch-optimizer/sara": {"threshold": 10.0},  # its default trains almost none of freshly initialised weights

@@ -13,10 +13,14 @@ from benchmarks.physics import EQUATIONS, JetMLP
 from benchmarks.physics.equations import BOUNDARY, INITIAL, INTERIOR
 from benchmarks.tasks.pinn import Residuals
 from curvopt._errors import LineSearchWarning, NonFiniteError, NonFiniteWarning
-from curvopt.zoo.rivals import BFGS, LevenbergMarquardt
+from curvopt.curvature.dense import DenseOperator
+from curvopt.zoo.rivals import BFGS, LevenbergMarquardt, NystromNewtonCG
 from curvopt.zoo.rivals.dense_inverse import UPDATES, DenseInverse, factors
 from curvopt.zoo.rivals.levenberg import damped_step, gram_matrix
-from tests.quadratics import Quartic, flat, parameters, with_spectrum
+from curvopt.zoo.rivals.nncg import NystromPreconditioner, preconditioned_cg
+from tests.quadratics import Quartic, flat, leading, parameters, with_spectrum
+
+pytestmark = pytest.mark.filterwarnings("ignore:negative curvature beyond")  # the small network has it; tested below
 
 
 class SmallPinn:
@@ -68,6 +72,7 @@ def quartic_closure(op, optimizer):
 MAKERS = {
     "ssbroyden": lambda params, **kw: BFGS(params, **kw),
     "levenberg": LevenbergMarquardt,
+    "nncg": lambda params, **kw: NystromNewtonCG(params, **{"max_iter": 4, "rank": 20, "cg_iterations": 25, **kw}),
     "bfgs": lambda params, **kw: BFGS(params, update="bfgs", **kw),
 }
 each = pytest.mark.parametrize("name", MAKERS)
@@ -369,6 +374,84 @@ def test_residuals_that_are_none():
     with pytest.raises(ValueError, match="over the residuals: 20,001 are more"):
         optimizer.step(lambda: x[0] * torch.ones(20_001))
     assert torch.equal(x.detach(), torch.ones(3))
+
+
+# ---- NNCG
+def dense(values, seed=0):
+    return DenseOperator(with_spectrum(values, seed))
+
+
+@pytest.mark.parametrize("rank", [0, 5, 30])
+@pytest.mark.parametrize("warm", [False, True])
+def test_preconditioned_cg_solves_the_damped_system(rank, warm):
+    values = torch.logspace(4, -3, 30, dtype=torch.float64).tolist()
+    op, mu = dense(values), 1e-2
+    matrix = with_spectrum(values)
+    right = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    top, vectors = leading(matrix, rank)
+    inverse = NystromPreconditioner(vectors.T.contiguous(), top, mu)
+    start = torch.ones(30, dtype=torch.float64) if warm else None
+    found = preconditioned_cg(op, right, mu, inverse, start, tolerance=1e-8)
+    damped = matrix + mu * torch.eye(30, dtype=torch.float64)
+    exact = torch.linalg.solve(damped, right)
+    assert not found.negative and found.residual <= 1e-8 and found.products == op.matvecs
+    assert float((damped @ found.solution - right).norm()) < 2e-8 * float(right.norm())
+    # the residual's tolerance divided by the least eigenvalue of the system
+    assert float((found.solution - exact).norm()) < 2e-8 * float(right.norm()) / mu
+    if rank == 30:  # the preconditioner is the inverse, but for a factor: one product
+        assert found.products <= 2 + warm
+
+
+def test_the_preconditioner_against_its_formula():
+    matrix = with_spectrum([9.0, 4.0, 2.0, 1.0, 0.5])
+    values, vectors = leading(matrix, 3)
+    inverse = NystromPreconditioner(vectors.T.contiguous(), values, 0.1)
+    eye = torch.eye(5, dtype=torch.float64)
+    whole = 2.1 * vectors @ torch.diag(1 / (values + 0.1)) @ vectors.T + eye - vectors @ vectors.T
+    found = torch.stack([inverse(e) for e in eye], dim=1)
+    assert torch.allclose(found, whole, atol=1e-13)
+
+
+def test_negative_curvature_ends_a_solve():
+    op = dense([5.0, 1.0, -2.0])
+    nothing = NystromPreconditioner(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0.1)
+    found = preconditioned_cg(op, torch.ones(3, dtype=torch.float64), 0.1, nothing)
+    assert found.negative and bool(torch.isfinite(found.solution).all())
+
+
+def test_negative_curvature_warns_and_the_loss_still_falls():
+    params = parameters([(3,), (2,)])
+    op = Quartic(with_spectrum([3.0, 1.0, 0.5, -1.0, -2.0]), params, c=1.0)
+    with torch.no_grad():
+        for p in params:
+            p.mul_(1e-3)
+    optimizer = NystromNewtonCG(params, max_iter=30, rank=3)
+    start = op.value()
+    with pytest.warns(LineSearchWarning, match="negative curvature beyond damping=0.01"):
+        optimizer.step(quartic_closure(op, optimizer))
+    assert optimizer.stats()["negative"] > 0 and op.value() < start - 0.1
+
+
+def test_one_newton_step_on_a_quadratic_with_an_exact_operator():
+    """``x - (A + mu I)^-1 A x``, and the operator's products are counted."""
+    params = parameters([(4, 3), (5,)])
+    matrix = with_spectrum(torch.logspace(2, -1, 17, dtype=torch.float64).tolist())
+    op, before = Quartic(matrix, params), flat(params)
+    optimizer = NystromNewtonCG(params, max_iter=1, rank=5, damping=0.3, cg_tolerance=1e-12, curvature=op)
+    optimizer.step(quartic_closure(op, optimizer))
+    expected = before - torch.linalg.solve(matrix + 0.3 * torch.eye(17, dtype=torch.float64), matrix @ before)
+    assert float((flat(params) - expected).norm()) < 1e-9 * float(before.norm())
+    assert optimizer.stats()["products"] == op.matvecs > 5 and optimizer.stats()["kept"] == 5
+
+
+def test_nncg_names_what_it_cannot_take():
+    params = parameters([(2,), (3,)])
+    with pytest.raises(ValueError, match="curvature must be over the optimizer's parameters"):
+        NystromNewtonCG(params, curvature=Quartic(torch.eye(2, dtype=torch.float64), params[:1]))
+    with pytest.raises(ValueError, match="damping must be above 0, got 0"):
+        NystromNewtonCG(params, damping=0.0)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        NystromNewtonCG(params, rank=0)
 
 
 # ---- what is refused
