@@ -52,7 +52,7 @@ class LevenbergMarquardt(Rival):
     The closure returns residuals with their graph, and neither clears gradients nor calls ``backward()``: a tensor, or
     a list of tensors. Rows of J are taken by batched reverse passes, one batch a tensor, and each row of the batch runs
     through the whole graph of its tensor: residuals that belong to separate points are best given in blocks of ten to
-    twenty points, each with a graph of its own, which costs a hundredth of one block over thousands. Where an operation has no
+    twenty points, each with a graph of its own, which is several times cheaper than one graph over all. Where an operation has no
     batched derivative, rows are taken one by one (``stats()["batched"]``).
 
     Memory: N P numbers for J and min(N, P)^2 for its Gram matrix, so at most 20,000 parameters and 20,000 residuals.
