@@ -97,7 +97,11 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
         if not np.isfinite(grams[0]).all():
             unknown = torch.full((k + 1,), float("nan"), dtype=torch.float64, device="cpu")
             return PowerImage(rows, unknown, unknown, 0.0, False, False, False, 0, k + 1)
-        values, vectors = np.linalg.eigh((grams[0] + grams[0].T) / 2)
+        inner = (grams[0] + grams[0].T) / 2
+        if gain < 1 and inner[k, k] <= np.linalg.eigvalsh(inner[:k, :k])[0]:
+            # an average takes the probe in once it leads, not for what it shares with this one sample
+            inner[:k, k] = inner[k, :k] = 0.0
+        values, vectors = np.linalg.eigh(inner)
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
         turn = torch.from_numpy(vectors.T.copy()).to(rows)
         if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
