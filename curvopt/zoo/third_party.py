@@ -113,7 +113,8 @@ register(
         "lookahead",
         "Lookahead",
         "arXiv 1907.08610",
-        "never initialises torch's Optimizer: state_dict, schedulers and closures raise AttributeError; pytorch_optimizer has one that works",
+        "never initialises torch's Optimizer: state_dict, schedulers and closures raise AttributeError; "
+        "pytorch_optimizer has one that works",
     ),
     _row(
         "madgrad",
