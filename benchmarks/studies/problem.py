@@ -101,7 +101,7 @@ def image_problem(
         test_labels=labels[1],
         loss_fn=HalfSquaredError() if loss == "mse" else nn.CrossEntropyLoss(),
         classes=classes,
-        source=f"{found[0].name}, the first {examples:,} training images at {side} x {side} ({found[0].source})",
+        source=f"{found[0].name}, the first {examples:,} training images at {side} x {side} ({_place(found[0].source)})",
     )
 
 
@@ -109,6 +109,11 @@ def image_problem(
 def _images(dataset: str, train: bool, folder: str | None) -> data.ImageData:
     """Read once a process: a study has dozens of parts. ``folder`` is where the data lie, for the cache to tell apart."""
     return data.load_images(dataset, train=train)
+
+
+def _place(source: str) -> str:
+    """Where data came from, without the path: that is this machine's business, and the page's reader has another."""
+    return {"folder": "from a local folder", "cache": "from the cache"}.get(source.partition(" ")[0], source)
 
 
 def mlp(widths: Sequence[int], *, activation: type[nn.Module] = nn.Tanh, batch_norm: bool = False) -> nn.Sequential:

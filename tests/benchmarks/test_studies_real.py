@@ -15,7 +15,7 @@ import torch
 import curvopt
 from benchmarks.cli import main
 from benchmarks.config import ConfigError
-from benchmarks.studies import Lab, PartResult, all_studies, displacement, sharp_flat
+from benchmarks.studies import Lab, PartResult, all_studies, displacement, problem, sharp_flat
 from benchmarks.studies.config import load_study
 from benchmarks.studies.folder import StudyFolder
 from benchmarks.studies.mixtures import Heads, Xor, gmm_samples, gmm_sgd, xor_clusters, xor_samples, xor_sgd
@@ -119,6 +119,12 @@ def test_image_problem():
 def test_bad_problems(arguments, text):
     with pytest.raises(ConfigError, match=text):
         image_problem("digits", **{"examples": 10, "side": 8, "loss": "mse", **arguments})
+
+
+def test_pages_name_no_folder_of_this_machine():
+    assert problem._place("folder /home/me/mnist") == "from a local folder"
+    assert problem._place("cache /home/me/.cache/curvopt/mnist") == "from the cache"
+    assert problem._place("bundled with scikit-learn") == "bundled with scikit-learn"
 
 
 def test_batches_go_on_where_another_stream_stopped():
