@@ -88,7 +88,7 @@ def _pairs(operand: Tensor, image: Tensor, floor: float, matvecs: int) -> BlockP
     ritz, vectors = np.linalg.eigh((core + core.T) / 2)
     ritz, vectors = ritz[::-1], vectors[:, ::-1]
     kept = int((ritz > floor * ritz[0]).sum()) if ritz[0] > 0 else 0
-    nothing = torch.zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
     k = operand.shape[0]
     if not kept:
         return BlockPairs(operand[:0], nothing, nothing, matvecs, f"none of {k} curvature values is positive")

@@ -119,7 +119,7 @@ class Evaluator:
             return answer.detach().reshape(())
         if isinstance(answer, bool) or not isinstance(answer, (int, float)):
             raise TypeError(f"the closure must return the loss, a scalar tensor; it returned {type(answer).__name__}")
-        return torch.tensor(float(answer), dtype=torch.float64)
+        return torch.tensor(float(answer), dtype=torch.float64, device="cpu")
 
     # ---- along a direction
     def put(self, vector: Tensor) -> None:

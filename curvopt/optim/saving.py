@@ -150,7 +150,7 @@ def check_saved(engine: SubspaceEngine, state_dict: Mapping[str, Any], prefix: s
                     f"{names[id(p)]!r}: it is incomplete, or was saved with other parameters or another source="
                 )
     expected = tuple(s.scalars()["eigenvalues"].shape)
-    found = tuple(torch.as_tensor(scalars["eigenvalues"]).shape) if "eigenvalues" in scalars else expected
+    found = tuple(torch.as_tensor(scalars["eigenvalues"], device="cpu").shape) if "eigenvalues" in scalars else expected
     if found != expected:
         raise ValueError(
             f"saved eigenvalues have shape {found}, expected {expected} (bases, rank): "

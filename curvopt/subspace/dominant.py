@@ -365,7 +365,7 @@ class DominantSubspace:
         if not self.ready or not most:
             return None
         if solution.overlap is not None:
-            return torch.tensor(solution.overlap)
+            return torch.tensor(solution.overlap, device="cpu")
         rows = solution.rows
         return torch.linalg.matrix_norm(self._rows(self.groups[g], rows.dtype) @ rows.T).square() / most
 

@@ -240,7 +240,7 @@ def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Soluti
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
     rows, _ = orthonormalize_rows(torch.cat([start, start.new_zeros(1, start.shape[1])]), generator=generator)
-    unknown = Spectrum(torch.zeros(0, dtype=torch.float64), 0.0, 0.0, False)
+    unknown = Spectrum(torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0, 0.0, False)
     # the probe is random and knows nothing of the next value yet: as if the gap were just wide enough
     return _image(operator, replace(plan, gain=1.0), Cached(unknown, rows[:-1], rows[-1]), 0.999 / plan.image_gap)
 
@@ -343,5 +343,5 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
 def _orthonormal(rows: Tensor) -> bool:
     """To ten times what sums of P products of the rows' dtype leave."""
     gram = (rows @ rows.T).to("cpu", torch.float64)
-    error = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()
+    error = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
     return bool(error <= 100 * torch.finfo(rows.dtype).eps)

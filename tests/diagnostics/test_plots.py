@@ -149,7 +149,7 @@ def test_what_cannot_be_saved(density, tmp_path):
         plots.save_figure(figure, [], tmp_path, "density")
     with pytest.raises(ValueError, match="plain file name"):
         plots.save_figure(figure, data, tmp_path, "a/b")
-    assert "pytest" in plots.save_figure(figure, data, tmp_path, "density")["command"].read_text()
+    assert "python" in plots.save_figure(figure, data, tmp_path, "density")["command"].read_text()
 
 
 def test_without_matplotlib(monkeypatch, density):
