@@ -73,7 +73,12 @@ def test_tune(tmp_path, capsys, monkeypatch):
 def test_list(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert "digits_mlp" in out and "mnist5k_mlp" in out and "bulk-sgd" in out and "not available: torch-optimizer/lookahead" in out
+    assert (
+        "digits_mlp" in out
+        and "mnist5k_mlp" in out
+        and "bulk-sgd" in out
+        and "not available: torch-optimizer/lookahead" in out
+    )
 
 
 @pytest.mark.parametrize(
