@@ -16,7 +16,7 @@ MAX_LINES = 450
 LONG: dict[str, str] = {}
 
 # Put together from pieces, so that this file does not contain what it looks for.
-WORDS = ["/wo" + "rk/", r"/\.lib" + "rary", "fa" + "rm-", r"(developer|agent) ses" + "sion"]
+WORDS = ["/wo" + "rk/", r"\.lib" + "rary", "fa" + "rm-", r"(developer|agent) ses" + "sion"]
 FORBIDDEN = re.compile("|".join(WORDS), re.IGNORECASE)
 BESIDE = "../sha" + "red"
 
@@ -101,10 +101,10 @@ def test_only_continuous_integration_knows_where_its_data_lie():
     assert named == [".ci/run"]
 
 
-@pytest.mark.parametrize("text", ["/wo" + "rk/main", "see /.lib" + "rary", "fa" + "rm-3", "an agent ses" + "sion"])
+@pytest.mark.parametrize("text", ["/wo" + "rk/main", "see .lib" + "rary", "fa" + "rm-3", "an agent ses" + "sion"])
 def test_the_search_for_words_finds_them(text):
     assert FORBIDDEN.search(text)
 
 
 def test_the_search_for_words_spares_plain_english():
-    assert not FORBIDDEN.search("the library works; a training session; framework/optim; entry.library")
+    assert not FORBIDDEN.search("the library works; a training session; framework/optim")

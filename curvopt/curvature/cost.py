@@ -9,7 +9,6 @@ gradients or so, once for each batch shape) and gives seconds as well.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from curvopt.curvature.quiet import (
     swapped_buffers,
     tensor_attributes_kept,
 )
+from curvopt.curvature.routes import timed
 
 # Multiplications of a deep net: a gradient is 3 units (1 forward, 2 back), a Hessian product on a kept graph 6.
 _RULE = 2.0
@@ -89,17 +89,6 @@ class Cost:
     def of(self, products: int) -> Cost:
         """The same for another number of products."""
         return replace(self, products=int(products))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def fitted(

@@ -14,7 +14,8 @@ LOOP, BATCHED = "loop", "batched"
 _CACHE = 1 << 20
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -95,7 +96,7 @@ class Route:
             for i in (1, 2):
                 one(rows[i], out[i])
 
-        self.costs[LOOP] = _seconds(looped, rows.device) / 2
+        self.costs[LOOP] = timed(looped, rows.device) / 2
         wide = min(width(), rows.shape[0] - 3)
         if wide < 2:
             self.choice = LOOP
@@ -105,7 +106,7 @@ class Route:
             many(rows[3 : 3 + wide], out[3 : 3 + wide])
 
         try:
-            self.costs[BATCHED] = _seconds(batched, rows.device) / wide
+            self.costs[BATCHED] = timed(batched, rows.device) / wide
         except (RuntimeError, NotImplementedError):  # out of memory, or an operation that can't be vectorised
             out[3 : 3 + wide] = 0.0  # several batches: some may have been added
             self.choice = LOOP

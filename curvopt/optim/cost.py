@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from curvopt.curvature.cost import Cost, timed
+from curvopt.curvature.cost import Cost
+from curvopt.curvature.routes import timed
 from curvopt.optim import rules
 from curvopt.subspace.solve import Plan
 

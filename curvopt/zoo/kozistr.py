@@ -35,7 +35,7 @@ def _row(
     facts = {"search": search, "licence": _LICENCE, **facts}
     target = f"curvopt.zoo.adapt:{adapted}" if adapted else f"pytorch_optimizer.optimizer:{cls}"
     return Entry(
-        f"pytorch-optimizer/{name}", target, family, library="pytorch_optimizer", memory=memory, paper=paper, **facts
+        f"pytorch-optimizer/{name}", target, family, package="pytorch_optimizer", memory=memory, paper=paper, **facts
     )
 
 

@@ -62,7 +62,7 @@ class Entry:
         family: ``"sgd"``, ``"adaptive"``, ``"sign"``, ``"quasi-newton"``, ``"matrix"`` (whole weight matrices at a time),
             ``"curvature"`` (Hessian products), ``"lr-free"`` (estimates its learning rate), ``"averaging"`` (schedule-free
             and lookahead) or ``"subspace"`` (ours).
-        library: the package that must be installed; empty where it is the target's own.
+        package: the one that must be installed; empty where it is the target's own.
         fixed: keyword arguments that make this entry of the class (momentum for one).
         omits: arguments of the parent class that this one fixes and refuses.
         required: arguments without a default that ``create`` must be given.
@@ -91,7 +91,7 @@ class Entry:
     name: str
     target: str
     family: str
-    library: str = ""
+    package: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     omits: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
@@ -193,22 +193,22 @@ def _parts(name: str) -> tuple[str, str]:
     return how, base
 
 
-def _library(entry: Entry) -> str:
-    return entry.library or entry.target.partition(":")[0].partition(".")[0]
+def _package(entry: Entry) -> str:
+    return entry.package or entry.target.partition(":")[0].partition(".")[0]
 
 
 def _load(entry: Entry) -> Any:
     module, _, attribute = entry.target.partition(":")
-    library = _library(entry)
+    package = _package(entry)
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        if library not in _EXTRAS:
+        if package not in _EXTRAS:
             raise
-        extra = _EXTRAS[library]
-        raise MissingExtraError(f'{entry.name!r} needs {library}: pip install "curvopt-torch[{extra}]"') from error
+        extra = _EXTRAS[package]
+        raise MissingExtraError(f'{entry.name!r} needs {package}: pip install "curvopt-torch[{extra}]"') from error
     except AttributeError as error:
-        raise UnavailableOptimizerError(f"{entry.name!r}: the installed {library} has no {attribute}") from error
+        raise UnavailableOptimizerError(f"{entry.name!r}: the installed {package} has no {attribute}") from error
 
 
 def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
@@ -234,13 +234,13 @@ def _signature(cls: type, fixed_by_class: Iterable[str] = ()) -> dict[str, Any]:
 
 def _status(entry: Entry) -> Entry:
     """The entry with ``available`` and ``reason`` as they are here and now."""
-    library = _library(entry)
+    package = _package(entry)
     if not entry.available:
         return entry
-    if library in _EXTRAS and importlib.util.find_spec(library) is None:
-        reason = f'{library} is not installed: pip install "curvopt-torch[{_EXTRAS[library]}]"'
+    if package in _EXTRAS and importlib.util.find_spec(package) is None:
+        reason = f'{package} is not installed: pip install "curvopt-torch[{_EXTRAS[package]}]"'
         return replace(entry, available=False, reason=reason)
-    if library in ("torch", "curvopt"):
+    if package in ("torch", "curvopt"):
         module, _, attribute = entry.target.partition(":")
         if not hasattr(importlib.import_module(module), attribute):
             return replace(entry, available=False, reason=f"{module} {torch.__version__} has no {attribute}")

@@ -32,7 +32,7 @@ def _row(
         f"torch-optimizer/{name}",
         target,
         family,
-        library="torch_optimizer",
+        package="torch_optimizer",
         memory=memory,
         paper=paper,
         licence=_LICENCE,
