@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class SuiteConfig:
         tuning_seeds: runs a trial; their seeds are never those of the results.
         seeds: runs of the best setting, at least 6 for a test that can reach .05.
         scaled: optimizer -> factors: controls that take its tuned setting with the learning rate simply scaled.
+        ablate: optimizer -> key -> values: its tuned setting with this one thing changed, an argument of the optimizer, or
+            of the task (``task.curvature_examples``).
         overrides: ``key=value`` for every run; by_task: task -> ``key=value`` for its runs.
     """
 
@@ -62,6 +65,7 @@ class SuiteConfig:
     tuning_seeds: int = 1
     seeds: int = 6
     scaled: dict[str, list[float]] = field(default_factory=dict)
+    ablate: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     by_task: dict[str, list[str]] = field(default_factory=dict)
 
@@ -109,28 +113,47 @@ def _check(config: SuiteConfig, name: str) -> None:
             raise ConfigError(f"suite {name}: {key} must be at least {least}, got {getattr(config, key)}")
     if config.seeds > _TUNING_SEED:
         raise ConfigError(f"suite {name}: seeds must be at most {_TUNING_SEED}, where those of the tuning begin")
-    for optimizer in (*config.scaled, *config.baselines):
+    for optimizer in (*config.scaled, *config.baselines, *config.ablate):
         if optimizer not in config.optimizers:
-            raise ConfigError(f"suite {name}: {optimizer} is a baseline or scaled, but not among its optimizers")
+            raise ConfigError(
+                f"suite {name}: {optimizer} is a baseline, scaled or ablated, but not among its optimizers"
+            )
     # Every mistake in a key comes before the first run; keys of tasks and of optimizers don't depend on each other.
     for task in config.tasks:
         compose_run(task, config.optimizers[0], [*config.overrides, *config.by_task.get(task, [])])
     for optimizer in config.optimizers:
         space_of(config.tasks[0], optimizer, config.overrides)
+    for optimizer, changes in config.ablate.items():
+        for change in _changes(changes):
+            compose_run(config.tasks[0], optimizer, [*config.overrides, change])
+
+
+def _changes(values: Mapping[str, Sequence[Any]]) -> list[str]:
+    """``optimizer.rank=3``, ``task.curvature_examples=100``: overrides that each change one thing."""
+    return [
+        f"{key if key.startswith('task.') else f'optimizer.{key}'}={json.dumps(value)}"
+        for key, listed in values.items()
+        for value in listed
+    ]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """An optimizer on a task: its tuning, then the runs of its best setting (and of that with its rate scaled)."""
+    """An optimizer on a task: its tuning, then the runs of its best setting (also with its rate scaled, or one change)."""
 
     task: str
     optimizer: str
     scales: tuple[float, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 def units(config: SuiteConfig) -> list[Unit]:
     """All of them; those of the first task first."""
-    return [Unit(t, o, tuple(config.scaled.get(o, ()))) for t in config.tasks for o in config.optimizers]
+    return [
+        Unit(t, o, tuple(config.scaled.get(o, ())), tuple(_changes(config.ablate.get(o, {}))))
+        for t in config.tasks
+        for o in config.optimizers
+    ]
 
 
 class Comparison:
@@ -148,34 +171,38 @@ class Comparison:
         self.say = say
 
     # ---- what is common to all runs
-    def overrides(self, task: str) -> list[str]:
-        """For every run on a task: the suite's, the task's, and what was timed once for all of them."""
+    def overrides(self, task: str, change: str = "") -> list[str]:
+        """For every run on a task (with an ablation's change): the suite's, the task's, what was timed once for all of them."""
         given = [*self.config.overrides, *self.config.by_task.get(task, []), f"out={self.out / 'runs'}"]
-        pinned = json.loads(self._costs(task).read_text()) if self._costs(task).exists() else {}
+        costs = self._costs(task, change)
+        pinned = json.loads(costs.read_text()) if costs.exists() else {}
         named = {text.partition("=")[0] for text in given}
         return [*given, *(f"{key}={value}" for key, value in pinned.items() if key not in named)]
 
-    def _costs(self, task: str) -> Path:
-        return self.out / "costs" / f"{task}.json"
+    def _costs(self, task: str, change: str = "") -> Path:
+        """A change of the task (its curvature batch) has costs of its own, one of the optimizer has not."""
+        suffix = f"-{change.removeprefix('task.')}" if change.startswith("task.") else ""
+        return self.out / "costs" / f"{task}{suffix}.json"
 
     def measure(self, progress: RunProgress) -> None:
         """Time a curvature product on each task, once for the whole suite: one number for all optimizers."""
         from benchmarks import tasks
         from benchmarks.protocol.measure import measure_costs
 
-        for name in self.config.tasks:
-            if self._costs(name).exists():
+        changes = [c for values in self.config.ablate.values() for c in _changes(values) if c.startswith("task.")]
+        for name, change in product(self.config.tasks, dict.fromkeys(["", *changes])):
+            costs = self._costs(name, change)
+            if costs.exists():
                 continue
-            run = compose_run(name, self.config.optimizers[0], self.overrides(name))
+            given = [*self.overrides(name, change), *([change] if change else [])]
+            run = compose_run(name, self.config.optimizers[0], given)
             if run.product_cost is not None and run.route is not None:
                 continue
             progress.begin(f"{name}: timing a product", 1)
             task = tasks.build(run.task, run.device)
-            remove_leftovers(self._costs(name))
+            remove_leftovers(costs)
             found = measure_costs(task, task.model(0), run.batch_size, route=run.route)
-            atomic_write_json(
-                self._costs(name), {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route}
-            )
+            atomic_write_json(costs, {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route})
             progress.finish_run()
 
     # ---- one optimizer on one task
@@ -206,9 +233,9 @@ class Comparison:
         return tuned
 
     def finals(self, unit: Unit, tuned: Tuned) -> list[RunConfig]:
-        """The runs of the best setting, and of the controls that scale its learning rate."""
-        common = [*self.overrides(unit.task), *as_overrides(tuned.best.settings)]
-        first = compose_run(unit.task, unit.optimizer, common)
+        """The runs of the best setting, then with its learning rate scaled, then with one thing changed."""
+        best = as_overrides(tuned.best.settings)
+        first = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task), *best])
         runs = [replace(first, seed=s) for s in range(self.config.seeds)]
         for scale in unit.scales:
             label = f"{runs[0].optimizer['label']}, lr x {scale:g}"
@@ -216,6 +243,11 @@ class Comparison:
             runs += [
                 replace(r, optimizer={**r.optimizer, "lr": rate, "label": label}) for r in runs[: self.config.seeds]
             ]
+        for change in unit.changes:
+            run = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task, change), *best, change])
+            label = f"{first.optimizer['label']}, {_words(change)}"
+            run = replace(run, optimizer={**run.optimizer, "label": label})
+            runs += [replace(run, seed=s) for s in range(self.config.seeds)]
         return [replace(r, wandb=replace(r.wandb, group=f"{self.config.title}: {unit.task}")) for r in runs]
 
     def run(self, config: RunConfig, progress: RunProgress) -> Mapping[str, Any]:
@@ -303,6 +335,11 @@ def _die_with_parent(parent: int) -> None:
 
 def _worker(config: SuiteConfig, out: Path, unit: Unit) -> str:
     return Comparison(config, out).do(unit, RunProgress(enabled=False))
+
+
+def _words(change: str) -> str:
+    """``rank=3`` of ``optimizer.rank=3``: for labels."""
+    return change.partition(".")[2].replace('"', "")
 
 
 def suite_names() -> list[str]:

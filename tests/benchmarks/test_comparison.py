@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.config import ConfigError
+from benchmarks.config import ConfigError, settings
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.comparison import Comparison, SuiteConfig, load_comparison, units
 from benchmarks.report.leaderboard import standings, write_leaderboard
+from benchmarks.report.records import find_records
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = "overrides=[steps=40,product_cost=3.0,route=loop,wandb.mode=disabled,checkpoint_every=10]"
@@ -171,7 +172,11 @@ def test_another_versions_folder_is_refused(tmp_path):
         (["smoke", "tasks=[digit_mlp]"], "unknown task 'digit_mlp': did you mean 'digits_mlp'"),
         (["smoke", "optimizers=[sdg]"], "unknown optimizer 'sdg': did you mean 'sgd'"),
         (["smoke", "tasks=[]"], "tasks and optimizers must not be empty"),
-        (["smoke", "baselines=[lion]"], "lion is a baseline or scaled, but not among its optimizers"),
+        (["smoke", "baselines=[lion]"], "lion is a baseline, scaled or ablated, but not among its optimizers"),
+        (["smoke", "ablate={bulk_sgd: {rank: [1]}}"], "bulk_sgd is a baseline, scaled or ablated, but not among"),
+        (["smoke", "ablate={adamw: {rnk: [1]}}"], "unknown key 'optimizer.rnk'"),
+        (["smoke", "ablate={adamw: {task.rnk: [1]}}"], "unknown key 'task.rnk': did you mean 'rank'"),
+        (["smoke", "ablate={adamw: 3}"], "suite smoke: ablate"),
         (["smoke", "overrides=[stps=4]"], "unknown key 'stps': did you mean 'steps'"),
     ],
 )
@@ -180,9 +185,39 @@ def test_mistakes(arguments, text, capsys, tmp_path):
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["small", "controls", "variants", "smoke", "target"])
+def test_an_ablation_takes_the_tuned_setting_and_changes_one_thing(tmp_path):
+    changes = "ablate={interpolated_sgd: {rank: [1, 3], refresh_every: [frozen], task.curvature_examples: [7]}}"
+    config, _ = _perform(tmp_path, changes, "seeds=1", "overrides=[steps=20,wandb.mode=disabled]")
+    tuned, *changed = [r for r in standings(config, tmp_path) if r.optimizer == "interpolated_sgd"]
+    label = "Interpolated SGD"
+    assert [r.label for r in changed] == [
+        f"{label}, rank=1", f"{label}, rank=3", f"{label}, refresh_every=frozen", f"{label}, curvature_examples=7",
+    ]  # fmt: skip
+    runs = {r.config.optimizer["label"]: r.config for r in find_records(tmp_path / "runs") if r.config.seed == 0}
+    plain = settings(runs[label])
+    assert plain["optimizer.lr"] == tuned.tuned.best.settings["lr"]
+    for row, key, value in zip(
+        changed,
+        ["optimizer.rank", "optimizer.rank", "optimizer.refresh_every", "task.curvature_examples"],
+        [1, 3, "frozen", 7],
+        strict=True,
+    ):
+        other = settings(runs[row.label])
+        assert other[key] == value and row.tuned is None
+        assert {k for k in plain if other[k] != plain[k]} <= {key, "optimizer.label"}
+    # the rank that it has anyway: the same run, and so the same numbers; another rank, others
+    assert changed[1].train_loss == tuned.train_loss != changed[0].train_loss
+    # a product on another curvature batch has a cost of its own, one for all seeds
+    costs = {p.stem for p in (tmp_path / "costs").glob("*.json")}
+    assert costs == {"noisy_quadratic", "noisy_quadratic-curvature_examples=7"}
+
+
+@pytest.mark.parametrize("name", ["small", "controls", "variants", "ablations", "smoke", "target"])
 def test_every_suite_is_sound(name):
     config = load_comparison(name)
+    if name == "ablations":
+        (changes,) = config.ablate.values()
+        assert set(changes) == {"rank", "refresh_every", "start", "task.curvature_examples"}
     assert len(units(config)) == len(config.tasks) * len(config.optimizers)
     if name == "small":
         assert len(config.tasks) == 5 and len(config.optimizers) == 12 and config.seeds == 6
