@@ -14,12 +14,11 @@ import curvopt
 from benchmarks.config import ConfigError
 from benchmarks.studies.base import Lab, Outcome, Part, PartResult, Study, Value, register
 from benchmarks.studies.pictures import band_rows, grouped_bands
-from benchmarks.studies.problem import ImageProblem, batches, image_problem, mlp, seeded
+from benchmarks.studies.problem import SHORT, ImageProblem, batches, image_problem, mlp, seeded
 from curvopt.diagnostics import Displacement, localization, reinitialized_bases, subspace_overlap
 from curvopt.diagnostics.plots import draw_band, label_axes, new_figure, spread
 
 _TOLERANCE = 1e-3  # of the eigenpairs: vectors, not only values, are asked for
-_LOSSES = ("ce", "mse")
 
 
 @dataclass
@@ -69,7 +68,7 @@ class DisplacementStudy(Study):
 
     def parts(self, seed: int) -> list[Part]:
         """Nothing depends on anything."""
-        return [Part(f"{loss}-{arm}", seed) for loss in _LOSSES for arm in ("sgd", "adam", "null")]
+        return [Part(f"{loss}-{arm}", seed) for loss in SHORT for arm in ("sgd", "adam", "null")]
 
     def length(self, part: Part) -> int:
         """Steps, or draws."""
@@ -161,7 +160,7 @@ class DisplacementStudy(Study):
         """See the claims."""
         s = self.settings
         out: dict[str, Value] = {}
-        for loss in _LOSSES:
+        for loss in SHORT:
             sgd, adam, null = (arms[f"{loss}-{arm}"] for arm in ("sgd", "adam", "null"))
             early, late = zip(*(_early_and_late(part, s.lag, s.burn_in) for part in (sgd, adam)), strict=True)
             out[f"settling_{loss}"] = Value(late[0] - early[0], late[1] - early[1])
@@ -182,9 +181,9 @@ class DisplacementStudy(Study):
     def figures(self, seeds: Mapping[int, Mapping[str, PartResult]]) -> dict[str, tuple[Any, Any]]:
         """Overlap against waiting time and against lag, and localization."""
         s = self.settings
-        figure, axes = new_figure(len(_LOSSES), 3, width=3.6)
+        figure, axes = new_figure(len(SHORT), 3, width=3.6)
         data: list[dict[str, Any]] = []
-        for i, loss in enumerate(_LOSSES):
+        for i, loss in enumerate(SHORT):
             title = {"ce": "cross-entropy", "mse": "squared loss"}[loss]
             for j, arm in enumerate(("sgd", "adam")):
                 parts = [arms[f"{loss}-{arm}"] for arms in seeds.values()]

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 import curvopt
 from benchmarks.config import ConfigError
 from benchmarks.studies.base import Lab, Outcome, Part, PartResult, Study, Value, register
-from benchmarks.studies.pictures import band_rows
-from benchmarks.studies.problem import ImageProblem, flat_weights, image_problem, mlp, seeded, set_weights
+from benchmarks.studies.outliers_figures import draw
+from benchmarks.studies.problem import SHORT, ImageProblem, flat_weights, image_problem, mlp, seeded, set_weights
 from benchmarks.studies.spectra import of_classes, over_others, ratio, shape, shuffled, whole_spectrum
 from benchmarks.studies.training import descend
 from curvopt.diagnostics import loss_path, outliers, subspace_overlap
-from curvopt.diagnostics.plots import draw_band, label_axes, new_figure, spread, style
 
-_LOSSES = {"ce": "cross_entropy", "mse": "mse"}
 _RANK = 1e-4  # eigenvalues above this, relative to lambda_1, count as not zero
-_SHOWN = 1e-7  # lowest eigenvalue in pictures, likewise
 _LOOK_EVERY = 10  # steps between values of the training loss
 
 
@@ -105,7 +102,7 @@ class OutliersStudy(Study):
 
     def parts(self, seed: int) -> list[Part]:
         """The lines after their solutions."""
-        arms = [f"{kind}-{loss}" for kind in ("classes", "labels", "width") for loss in _LOSSES]
+        arms = [f"{kind}-{loss}" for kind in ("classes", "labels", "width") for loss in SHORT]
         parts = [Part(arm, seed) for arm in (*arms, "rank", "sharp")]
         for kind in ("plain", "bn"):
             ends = [f"{kind}-{end}" for end in ("small", "large", "other")]
@@ -124,7 +121,7 @@ class OutliersStudy(Study):
 
     def _problem(self, loss: str, device: torch.device) -> ImageProblem:
         s = self.settings
-        return image_problem(self.dataset, examples=s.examples, side=s.side, loss=_LOSSES[loss], device=device)
+        return image_problem(self.dataset, examples=s.examples, side=s.side, loss=SHORT[loss], device=device)
 
     def _line_problem(self, device: torch.device) -> ImageProblem:
         s = self.settings
@@ -221,7 +218,7 @@ class OutliersStudy(Study):
         """Whole spectra over the number of hidden units."""
         s = self.settings
         problem = image_problem(
-            self.dataset, examples=s.width_examples, side=s.width_side, loss=_LOSSES[loss], device=lab.device
+            self.dataset, examples=s.width_examples, side=s.width_side, loss=SHORT[loss], device=lab.device
         )
         found: dict[str, Any] = {}
         spectra: dict[str, Tensor] = {}
@@ -369,7 +366,7 @@ class OutliersStudy(Study):
     def _width_metrics(self, arms: Mapping[str, PartResult]) -> dict[str, Value]:
         s = self.settings
         out: dict[str, Value] = {}
-        for loss in _LOSSES:
+        for loss in SHORT:
             records = [arms[f"width-{loss}"].values["widths"][str(w)] for w in s.widths]
             narrow, wide = records[0], records[-1]
             counts = [float(r["edge_count"]) for r in records]
@@ -406,7 +403,7 @@ class OutliersStudy(Study):
 
     def _label_metrics(self, arms: Mapping[str, PartResult]) -> dict[str, Value]:
         out: dict[str, Value] = {}
-        for loss in _LOSSES:
+        for loss in SHORT:
             found = arms[f"labels-{loss}"].values
             difference = abs(float(found["shuffled"]["count"]) - float(found["true"]["count"]))
             out[f"shuffled_{loss}"] = Value(difference, float(found["gaussian"]["count"]))
@@ -432,45 +429,8 @@ class OutliersStudy(Study):
         }
 
     def figures(self, seeds: Mapping[int, Mapping[str, PartResult]]) -> dict[str, tuple[Any, Any]]:
-        """Spectra over widths, leading ratios over classes, and the loss along the lines."""
-        s = self.settings
-        figure, axes = new_figure(2, 3, width=3.8)
-        data: list[dict[str, Any]] = []
-        first = next(iter(seeds.values()))
-        words = {"ce": "cross-entropy", "mse": "squared loss"}
-        for row, loss in enumerate(_LOSSES):
-            spectra = first[f"width-{loss}"].load()
-            curves = {f"{w} hidden units": sorted_view(spectra[str(w)]) for w in s.widths}
-            data += _draw(axes[row, 0], curves, f"{words[loss]}: spectrum", {})
-            label_axes(axes[row, 0], "rank", r"$\lambda_i/\lambda_1$", title=words[loss], log_x=True, log_y=True)
-            parts = [arms[f"classes-{loss}"].values["spectra"] for arms in seeds.values()]
-            ratios = {}
-            for c in s.class_counts:
-                each = [[ratio(p[str(c)]["trained"], i) for i in range(1, 2 * c + 3)] for p in parts]
-                ratios[f"{c} classes"] = spread([(list(range(1, 2 * c + 3)), v) for v in each])
-            data += _draw(axes[row, 1], {}, f"{words[loss]}: classes", ratios)
-            label_axes(axes[row, 1], "rank $i$", r"$\lambda_i/\lambda_{i+1}$", title=words[loss])
-        for row, kind in enumerate(("plain", "bn")):
-            lines = {}
-            for name, text in (("same", "small to large batch"), ("starts", "two starts")):
-                found = [arms[f"line-{kind}"].values[name] for arms in seeds.values()]
-                lines[text] = spread([(f["t"], f["loss"]) for f in found])
-                if kind == "bn":
-                    lines[f"{text}, interpolated"] = spread([(f["t"], f["interpolated"]) for f in found])
-            title = "without BatchNorm" if kind == "plain" else "with BatchNorm"
-            data += _draw(axes[row, 2], {}, f"line {title}", lines)
-            label_axes(axes[row, 2], "place on the line", "train loss", title=title, log_y=True)
-        for ax in axes[:, :2].flat:
-            ax.legend()
-        for ax in axes[:, 2]:
-            ax.legend(fontsize="x-small")
-        return {"outliers": (figure, data)}
-
-
-def sorted_view(values: Tensor) -> tuple[list[float], list[float]]:
-    """Ranks and values relative to the first, as far as they stand out of rounding."""
-    kept = values[values > _SHOWN * values[0]] / values[0]
-    return [float(i + 1) for i in range(len(kept))], kept.tolist()
+        """See ``outliers_figures``."""
+        return {"outliers": draw(self.settings, seeds)}
 
 
 def _quotient(one: float, other: float) -> float:
@@ -478,15 +438,3 @@ def _quotient(one: float, other: float) -> float:
     if other > 0:
         return one / other
     return 1.0 if one <= 0 else math.inf
-
-
-def _draw(ax: Any, curves: Mapping[str, tuple[Any, Any]], panel: str, bands: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plain lines, then bands, with their data."""
-    rows: list[dict[str, Any]] = []
-    for i, (name, (x, y)) in enumerate(curves.items()):
-        ax.plot(x, y, label=name, **style(i))
-        rows += band_rows({name: (x, y, y, y)}, panel, "value")
-    for i, (name, found) in enumerate(bands.items()):
-        draw_band(ax, *found, i, name)
-        rows += band_rows({name: found}, panel, "value")
-    return rows

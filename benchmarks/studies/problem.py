@@ -18,6 +18,8 @@ from benchmarks.tasks.classifier_mlp import HalfSquaredError
 
 Batch = tuple[Tensor, Tensor]
 LOSSES = ("cross_entropy", "mse")
+# As parts of names.
+SHORT = {"ce": "cross_entropy", "mse": "mse"}
 
 
 @dataclass(frozen=True)
