@@ -31,7 +31,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost", "route")
 # Arguments that are numbers wherever they occur; the others keep the type that YAML gives them.
 _NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "overhead", "damping", "tol"}
-_OWN_KEYS = ("zoo", "label", "control")
+# What an optimizer's file says to the harness: its entry, its name, a control's trick, a schedule, the decay of an average.
+OWN_KEYS = ("zoo", "label", "control", "schedule", "average")
 
 
 class ConfigError(ValueError):
@@ -184,6 +185,7 @@ def _split(override: str) -> tuple[str, str]:
 
 def _optimizer_schema(entry: zoo.Entry) -> Any:
     fields: list[tuple[str, Any, Any]] = [("zoo", str, ""), ("label", str, ""), ("control", str | None, None)]
+    fields += [("schedule", str | None, None), ("average", float | None, None)]
     for key, default in entry.defaults.items():
         if key == "curvature":
             continue  # the harness gives the task's operator
@@ -208,7 +210,7 @@ def _check_optimizer(node: DictConfig) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(schema)}
     for key in given:
         if entry.available and key not in known:
-            raise ConfigError(f"unknown key 'optimizer.{key}': {_nearest(str(key), known - set(_OWN_KEYS))}")
+            raise ConfigError(f"unknown key 'optimizer.{key}': {_nearest(str(key), known - set(OWN_KEYS))}")
     if not entry.available:
         return {str(k): v for k, v in given.items()}  # the run itself says why it can't be built
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tasks
-from benchmarks.config import ConfigError, RunConfig, run_directory
+from benchmarks.config import OWN_KEYS, ConfigError, RunConfig, run_directory
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.account import Account
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
@@ -24,6 +24,7 @@ from benchmarks.protocol.environment import environment
 from benchmarks.protocol.log import RunLog
 from benchmarks.protocol.measure import CurvatureMeter, measure_costs
 from benchmarks.protocol.order import DataOrder
+from benchmarks.protocol.schedule import build_average, build_schedule
 from curvopt import zoo
 from curvopt._errors import CurvoptWarning, NonFiniteError
 
@@ -81,6 +82,9 @@ class Run:
             self.config = replace(config, product_cost=cost, route=self.route)
             folder.pin(self.config)
         self.optimizer = self._build_optimizer()
+        schedule = config.optimizer.get("schedule")
+        self.schedule = build_schedule(schedule, self.optimizer, config.steps, self.entry.schedulable)
+        self.average = build_average(config.optimizer.get("average"), self.model)
         self._announce_refreshes()
         self.account = Account(
             self.optimizer, self.entry, cost, config.batch_size / len(self.task.curvature_batch()[0])
@@ -96,7 +100,7 @@ class Run:
         return self.config.measure_every > 0 or self.config.energy_every > 0
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", "zoo", "label", "control")}
+        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", *OWN_KEYS)}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
@@ -150,6 +154,8 @@ class Run:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "order": self.order.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
@@ -164,6 +170,10 @@ class Run:
         self.step = int(state["step"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.order.load_state_dict(state["order"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
@@ -222,7 +232,7 @@ class Run:
             record["batch_loss"] = self._take_loss()
         if self._due(config.eval_every, last):
             with self.progress.phase("evaluating"), self._evaluating():
-                record |= self.task.evaluate(self.model)
+                record |= self.task.evaluate(self.model if self.average is None else self.average.module)
         if self.meter is not None:
             with self.watch.lap("measure"):
                 record |= self._look_at_curvature(last)
@@ -261,7 +271,8 @@ class Run:
         return gradient
 
     def _rate(self) -> dict[str, float]:
-        lr = float(self.optimizer.param_groups[0].get("lr") or math.nan)
+        given = self.optimizer.param_groups[0].get("lr")
+        lr = math.nan if given is None else float(given)
         return {"lr": lr, "edge": 2.0 / lr if lr > 0 else math.inf}
 
     def _evaluating(self) -> ExitStack:
@@ -294,6 +305,10 @@ class Run:
         else:
             loss = closure()
             self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.loss_sum += loss.detach()  # type: ignore[union-attr]
         self.loss_count += 1
         if self.entry.needs_create_graph:  # a gradient that holds its own graph holds the whole step
