@@ -24,7 +24,8 @@ class StudyReport:
         claims: the table's rows.
         figures: PNG files, each with PDF, CSV and its command beside it.
         data: in words.
-        seconds: of all parts together, measured.
+        seconds: of all parts together, measured by the clock.
+        cpu_seconds: the same as process time, all threads added.
         warnings: by name, how many parts gave it.
         commits: of the code that ran the parts.
         place: versions and machine of the last process.
@@ -37,6 +38,7 @@ class StudyReport:
     figures: list[Path]
     data: str
     seconds: float
+    cpu_seconds: float
     warnings: dict[str, int]
     commits: list[str]
     place: dict[str, Any]
@@ -60,7 +62,13 @@ class StudyReport:
             "claims": [claim.as_dict() for claim in self.claims],
             "warnings": self.warnings,
             "figures": [p.name for p in self.figures],
-            "measured": {"seconds": self.seconds, "commits": self.commits, "command": self.command, **self.place},
+            "measured": {
+                "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
+                "commits": self.commits,
+                "command": self.command,
+                **self.place,
+            },
         }
 
 
@@ -70,7 +78,8 @@ def section(report: StudyReport, figures: str) -> str:
     changed = f" Changed for this run: `{' '.join(c.overrides)}`." if c.overrides else ""
     facts = (
         f"{c.file.paper}. Size: {c.size}. Data: {report.data}. Seeds: {', '.join(map(str, c.seeds))}.{changed} "
-        f"All parts together took {report.seconds:.0f} s (measured) on {place.get('processor', 'unknown')}, "
+        f"All parts together took {report.seconds:.0f} s by the clock, {report.cpu_seconds:.0f} s of process time "
+        f"(measured) on {place.get('processor', 'unknown')}, "
         f"{place.get('cores', '?')} cores, GPU: {place.get('gpu', '?')}, torch {place.get('torch', '?')}; commit "
         f"{', '.join(report.commits)}, {str(place.get('date', '?'))[:10]}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -109,20 +110,20 @@ def _do(
     lab._progress = progress.advance
     threads = torch.get_num_threads()
     status = "failed"
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     try:
         if lab.device.type == "cpu":
             torch.set_num_threads(1)  # sums split over threads round differently from machine to machine
         torch.manual_seed(1000 * part.seed + 7)
         with _collected() as notices:
             outcome: Outcome = config.study.run(part, lab)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         sinks.summary({k: v for k, v in outcome.values.items() if isinstance(v, (bool, int, float, str))})
         status = "finished"
     finally:
         torch.set_num_threads(threads)
         sinks.finish(status)
-    folder.finish(part, outcome, lab.rows, sorted(set(notices)), {**place, "seconds": seconds})
+    folder.finish(part, outcome, lab.rows, sorted(set(notices)), {**place, "seconds": seconds, "cpu_seconds": cpu})
     return seconds
 
 
@@ -159,6 +160,7 @@ def _judge(
         figures=figures,
         data=config.study.describe_data(),
         seconds=sum(float(m["seconds"]) for m in measured),
+        cpu_seconds=sum(float(m.get("cpu_seconds", math.nan)) for m in measured),  # not kept by older versions
         warnings=dict(sorted(Counter(name for part in parts for name in folder.warnings(part)).items())),
         commits=sorted({str(m["commit"]) for m in measured}),
         place=place,

@@ -192,7 +192,7 @@ def test_a_study_end_to_end(tmp_path):
     assert (folder / "figures" / "toy.command.txt").read_text() == "python toy\n"
     head = decode(json.loads((folder / "claims.json").read_text()))
     assert head["settings"] == {"steps": 6, "scale": 1.0} and head["seeds"] == [0, 1, 2]
-    assert {"seconds", "commits", "date", "processor", "torch"} <= set(head["measured"])
+    assert {"seconds", "cpu_seconds", "commits", "date", "processor", "torch"} <= set(head["measured"])
     page = (folder / "claims.md").read_text()
     assert "| T2 | it flies |" in page and "figures/toy.png" in page and "Made by `python toy`" in page
     log = [json.loads(line) for line in (folder / "parts/seed-0-walk/log.jsonl").read_text().splitlines()]
