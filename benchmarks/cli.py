@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -91,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument("--out", type=Path, default=Path("runs"), help="parent of its folder (default: runs)")
     target.add_argument("--write", action="store_true", help="put it into configs/task/TASK.yaml")
 
-    report = commands.add_parser("report", help="table and plots of runs that are there")
-    report.add_argument("folder", type=Path, help="a folder with runs of one task below it")
+    report = commands.add_parser("report", help="tables and figures of a suite or of runs that are there, as a page")
+    report.add_argument("folder", type=Path, help="a suite's folder, or one with runs of one task below it")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER)")
     report.add_argument("--target", type=float, help="train loss that counts as solved (default: the task's)")
 
@@ -232,9 +233,9 @@ def _suite(options: argparse.Namespace, console: Console) -> int:
 
     config = load_comparison(options.name, options.overrides)
     out = options.out / f"suite-{options.name}"
+    command = shlex.join(["python", "-m", "benchmarks", "suite", options.name, *options.overrides])
     with RunProgress() as progress:
-        Comparison(config, out, progress.print).perform(progress, options.jobs)
-    command = " ".join(["python -m benchmarks suite", options.name, *options.overrides])
+        Comparison(config, out, progress.print, command).perform(progress, options.jobs)
     path = write_leaderboard(config, out, command)
     table = profile_table(standings(config, out), "step")
     if table[0]:
@@ -256,8 +257,15 @@ def _target(options: argparse.Namespace, console: Console) -> int:
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.comparison import load_folder
+    from benchmarks.report.leaderboard import write_leaderboard
     from benchmarks.report.write import write_report
 
+    if (options.folder / "suite.json").exists():
+        config, command = load_folder(options.folder)
+        command = command or f"python -m benchmarks report {options.folder}"
+        console.print(f"Report: {write_leaderboard(config, options.folder, command)}", soft_wrap=True)
+        return 0
     files = sorted(options.folder.rglob("config.yaml"))
     if not files:
         raise ConfigError(f"no runs below {options.folder}")

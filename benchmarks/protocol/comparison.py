@@ -101,6 +101,19 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
     return config
 
 
+def load_folder(out: Path) -> tuple[SuiteConfig, str]:
+    """The suite that a folder holds, and the command that made it (empty where it was not kept).
+
+    Raises:
+        ConfigError: it was written by another version.
+    """
+    values = json.loads((out / "suite.json").read_text())
+    version, command = values.pop("version", None), values.pop("command", "")
+    if version != VERSION:
+        raise ConfigError(f"{out} holds a suite of format {version}, this program reads {VERSION}")
+    return SuiteConfig(**values), str(command)
+
+
 def _check(config: SuiteConfig, name: str) -> None:
     if not config.tasks or not config.optimizers:
         raise ConfigError(f"suite {name}: tasks and optimizers must not be empty")
@@ -163,12 +176,16 @@ class Comparison:
         config: the suite.
         out: its folder.
         say: where a line about each finished run goes.
+        command: that does it, kept for the report.
     """
 
-    def __init__(self, config: SuiteConfig, out: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, config: SuiteConfig, out: Path, say: Callable[[str], None] = lambda text: None, command: str = ""
+    ) -> None:
         self.config = config
         self.out = Path(out)
         self.say = say
+        self.command = command
 
     # ---- what is common to all runs
     def overrides(self, task: str, change: str = "") -> list[str]:
@@ -211,7 +228,8 @@ class Comparison:
         common = self.overrides(unit.task)
         seeds = range(_TUNING_SEED, _TUNING_SEED + self.config.tuning_seeds)
         space = space_of(unit.task, unit.optimizer, common)
-        spec = [VERSION, self.config.trials, list(seeds), common, {k: repr(v) for k, v in space.items()}]
+        told = [text for text in common if not text.startswith("out=")]  # the folder may be named in another way
+        spec = [VERSION, self.config.trials, list(seeds), told, {k: repr(v) for k, v in space.items()}]
         stamp = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         path = self.out / "tuning" / unit.task / f"{unit.optimizer}.json"
         if path.exists():
@@ -304,7 +322,7 @@ class Comparison:
                     f"{self.out} holds a suite of format {version}, this program writes {VERSION}: move it away"
                 )
         remove_leftovers(path)
-        atomic_write_json(path, {"version": VERSION, **asdict(self.config)})
+        atomic_write_json(path, {"version": VERSION, "command": self.command, **asdict(self.config)})
 
     def _results(self, work: Sequence[Unit], progress: RunProgress, jobs: int) -> Iterator[str]:
         if jobs == 1:

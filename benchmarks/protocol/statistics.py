@@ -107,7 +107,12 @@ def profile(times: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
             raise ValueError(f"{name} has no result on {', '.join(sorted(tasks - set(row)))}")
     best = {task: min(row[task] for row in times.values()) for task in tasks}
     solved = [task for task in tasks if math.isfinite(best[task])]
-    return {name: sorted(row[task] / best[task] for task in solved) for name, row in times.items()}
+    return {name: sorted(_ratio(row[task], best[task]) for task in solved) for name, row in times.items()}
+
+
+def _ratio(time: float, best: float) -> float:
+    """A target that holds at the start takes no time: only who needs none either is as good."""
+    return time / best if best > 0 else 1.0 if time == 0 else math.inf
 
 
 def profile_score(ratios: Sequence[float], largest: float = 4.0) -> float:
@@ -153,6 +158,8 @@ def as_row(interval: Interval, form: str) -> str:
     def number(value: float) -> str:
         return "missed" if math.isinf(value) else format(value, form)
 
+    if math.isinf(interval.low):
+        return number(interval.low)
     return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}]"
 
 

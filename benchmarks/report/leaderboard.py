@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.config import ConfigError, compose_run, run_directory
+from benchmarks.config import ConfigError, run_directory
 from benchmarks.files import atomic_write_text
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.comparison import Comparison, SuiteConfig, Unit, units
@@ -26,6 +27,7 @@ from benchmarks.protocol.statistics import (
 )
 from benchmarks.report.records import AXES, RunRecord, load_record
 
+_NUMBER = re.compile(r"[-+]?[0-9.]|missed|-$")
 _FORMS = {"step": ".0f", "gradient_equivalents": ".0f", "seconds": ".2f"}
 
 
@@ -41,6 +43,7 @@ class Standing:
         lost: share of runs that diverged or failed.
         reasons: of those.
         tuned: its search; None for a control that took another's setting.
+        records: the runs, a seed each.
     """
 
     task: str
@@ -54,6 +57,7 @@ class Standing:
     reasons: list[str]
     settings: str
     tuned: Tuned | None = field(compare=False)
+    records: list[RunRecord] = field(default_factory=list, compare=False, repr=False)
 
 
 def standings(config: SuiteConfig, out: Path) -> list[Standing]:
@@ -110,6 +114,7 @@ def _standing(
         reasons=sorted({str(r.result.get("reason", "")) for r in records if r.status != "done"}),
         settings=", ".join(f"{k}={v}" for k, v in given.items()),
         tuned=tuned,
+        records=list(records),
     )
 
 
@@ -205,40 +210,50 @@ def profile_table(found: Sequence[Standing], axis: str) -> tuple[list[str], list
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)])
+    """A Markdown table, columns of numbers to the right."""
+    columns = list(zip(*body, strict=True))[1:]
+    sides = ["---", *("---:" if all(_NUMBER.match(cell) for cell in column) else "---" for column in columns)]
+    lines = [header, *body]
+    rows = ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join(sides) + "|", *rows[1:]])
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|<*`\\])", r"\\\1", " ".join(text.split()))
 
 
 def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
-    """Write ``report.md``, ``leaderboard.csv`` and the figures with their data to the suite's folder.
+    """Write ``report.md``, ``report.html``, ``leaderboard.csv`` and the figures with their data to the suite's folder.
 
     Raises:
         ConfigError: the suite is not finished.
     """
+    from benchmarks.report.html import write_html
+    from benchmarks.report.suite_plots import profile_figure, task_figures
+
     found = standings(config, out)
+    places = {label: i for i, label in enumerate(dict.fromkeys(r.label for r in found))}
     parts = [f"# {config.title}", _facts(config, out, found)]
     for axis, name in AXES.items():
         header, body = profile_table(found, axis)
         if header:
             parts.append(f"## Over all tasks, {name} to target\n\n" + markdown(header, body))
+    profiles = profile_figure(found, out)
+    parts += [] if profiles is None else [profiles.markdown(command)]
     rows_by_task = {task: [r for r in found if r.task == task] for task in config.tasks}
     for task, rows in rows_by_task.items():
-        target = compose_run(task, config.optimizers[0]).task["target"]
+        target = rows[0].records[0].config.task["target"]
         words = "no target is set, so the final train loss decides" if target is None else f"target {target:g}"
         parts.append(f"## {task}: {words}\n\n" + markdown(*task_table(rows, config)))
         parts.append(f"Tuning on {task}:\n\n" + markdown(*tuning_table(rows)))
         lost = [f"- {r.label}: {reason}" for r in rows for reason in r.reasons]
         parts += ["Runs that did not end well:\n\n" + "\n".join(lost)] if lost else []
-    from benchmarks.report.suite_plots import profile_figure, sensitivity_figure
-
-    for figure in (profile_figure(found, out), sensitivity_figure(found, out)):
-        if figure is not None:
-            words = figure.stem.replace("_", " ")
-            parts.append(f"![{words}]({figure.name})\n\nData: [{figure.stem}.csv]({figure.stem}.csv)")
+        parts += [figure.markdown(command) for figure in task_figures(rows, places, target, out)]
     parts.append(f"Made by `{command}`.")
     atomic_write_text(out / "leaderboard.csv", _csv(found))
-    return atomic_write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    path = atomic_write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    write_html(path)
+    return path
 
 
 def _facts(config: SuiteConfig, out: Path, found: Sequence[Standing]) -> str:

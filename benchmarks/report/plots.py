@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -15,16 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.report.records import AXES, RunRecord, by_label
+from curvopt.diagnostics.plots import style
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; black and grey stand in for its yellow.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C")
-LINES = ("-", "--", "-.", ":")
 _META = {"Software": None}  # no dates or versions: the same data give the same file
-
-
-def style(index: int) -> dict[str, str]:
-    """Colour and line of the optimizer at this place: colour alone never carries the meaning."""
-    return {"color": PALETTE[index % len(PALETTE)], "linestyle": LINES[(index // 2) % len(LINES)]}
 
 
 def _long(records: Sequence[RunRecord], columns: Sequence[str]) -> pd.DataFrame:
@@ -39,10 +33,34 @@ def _long(records: Sequence[RunRecord], columns: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> Path:
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk.
+
+    Attributes:
+        path: of the PNG; an SVG and the data (CSV) have the same name.
+        alt: what it shows, for those who cannot see it.
+        caption: how to read it.
+    """
+
+    path: Path
+    alt: str
+    caption: str = ""
+
+    def markdown(self, command: str) -> str:
+        """The figure, its caption, its data and the command that made it, in one paragraph."""
+        name = self.path.with_suffix(".csv").name
+        words = f"{self.caption} Data: [{name}]({name}). Made by `{command}`."
+        return f"![{self.alt}]({self.path.name})\\\n{words.strip()}"
+
+
+def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> Path:
+    """Write ``name.png``, the same as SVG, and its data as CSV; the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=200, bbox_inches="tight", metadata=_META)
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # for the page, sharp at any size
+        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     table.to_csv(folder / f"{name}.csv", index=False)
     return path
@@ -99,7 +117,7 @@ def loss_figures(records: Sequence[RunRecord], folder: Path, title: str, target:
         ax.grid(alpha=0.25)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         columns = ["train_loss", "test_loss", "test_accuracy", "gradient_equivalents", "seconds"]
-        paths.append(_save(figure, _long(records, columns), folder, f"loss_against_{words.replace('-', '_')}"))
+        paths.append(save(figure, _long(records, columns), folder, f"loss_against_{words.replace('-', '_')}"))
     return paths
 
 
@@ -119,7 +137,7 @@ def alignment_figure(records: Sequence[RunRecord], folder: Path, title: str) -> 
     axes[0].set_ylabel(r"share in the top k,  $\|P_k u\|/\|u\|$")
     axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title, y=1.02)
-    return _save(figure, _long(records, list(panels)), folder, "alignment")
+    return save(figure, _long(records, list(panels)), folder, "alignment")
 
 
 def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
@@ -166,7 +184,7 @@ def eigenvalue_figure(records: Sequence[RunRecord], folder: Path, title: str) ->
     )
     figure.suptitle(f"{title}: {words}", fontsize=10)
     figure.tight_layout()
-    return _save(figure, _long(records, [*names, "edge"]), folder, "eigenvalues")
+    return save(figure, _long(records, [*names, "edge"]), folder, "eigenvalues")
 
 
 def energy_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
@@ -185,7 +203,7 @@ def energy_figure(records: Sequence[RunRecord], folder: Path, title: str) -> Pat
     axes[2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(f"{title}: curvature energy in the top k", y=1.02)
     columns = [f"energy/{m}_{k}{e}" for m in panels for k in ("trace", "frobenius") for e in ("", "_error")]
-    return _save(figure, _long(records, columns), folder, "curvature_energy")
+    return save(figure, _long(records, columns), folder, "curvature_energy")
 
 
 def all_figures(records: Sequence[RunRecord], folder: Path, title: str, target: float | None) -> list[Path]:

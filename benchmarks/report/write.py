@@ -11,13 +11,14 @@ from rich.console import Console
 
 from benchmarks.config import ConfigError, settings
 from benchmarks.files import atomic_write_text
-from benchmarks.report.plots import all_figures
+from benchmarks.report.html import write_html
+from benchmarks.report.plots import Drawn, all_figures
 from benchmarks.report.records import RunRecord, differences, distinguish, load_record
 from benchmarks.report.table import markdown, summarise, terminal, verdict
 
 
 def write_report(folders: Sequence[Path], out: Path, console: Console, target: float | None = None) -> Path:
-    """Write ``report.md``, figures and their CSV to ``out``, and print the table.
+    """Write ``report.md`` and ``.html``, figures and their CSV to ``out``, and print the table.
 
     Args:
         folders: run folders, all of one task.
@@ -42,6 +43,7 @@ def write_report(folders: Sequence[Path], out: Path, console: Console, target: f
     lines = [*_unlike(records), *verdict(rows, aim)]
     figures = all_figures(records, out, title, aim)
     path = atomic_write_text(out / "report.md", _page(records, title, markdown(rows, aim), lines, figures))
+    write_html(path)
     for table in terminal(rows, aim, title):
         console.print(table)
     for line in lines:
@@ -106,6 +108,7 @@ def _page(
         "Seconds hold training, refreshes and projections, not evaluation and not the harness's own measurements.",
         _machine(first),
     ]
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
     failed = [
         f"- {r.label}, seed {r.config.seed}: {r.status}: {r.result.get('reason', '')}"
         for r in records
@@ -124,9 +127,9 @@ def _page(
         table,
         "\n".join(f"- {line}" for line in lines),
         *(["Runs that did not end well:\n\n" + "\n".join(failed)] if failed else []),
-        "\n".join(f"![{p.stem.replace('_', ' ')}]({p.name})\n\nData: [{p.stem}.csv]({p.stem}.csv)\n" for p in figures),
+        *(Drawn(p, f"{title}: {p.stem.replace('_', ' ')}").markdown(command) for p in figures),
         "## Settings\n\n" + "\n".join(given_rows),
         *(["## Warnings\n\n" + "\n".join(warned)] if warned else []),
-        f"Made by `python -m benchmarks {shlex.join(sys.argv[1:])}`.",
+        f"Made by `{command}`.",
     ]
     return "\n\n".join(parts) + "\n"

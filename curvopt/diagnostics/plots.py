@@ -86,8 +86,9 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.2, height: f
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and line style of the series at this place: colour alone never carries the meaning."""
-    return {"color": PALETTE[index % len(PALETTE)], "linestyle": LINES[index % len(LINES)]}
+    """Colour and line style of the series at this place: colour alone never carries the meaning; 32 of them differ."""
+    turn = index + index // len(PALETTE)
+    return {"color": PALETTE[index % len(PALETTE)], "linestyle": LINES[turn % len(LINES)]}
 
 
 def label_axes(ax: Axes, x: str, y: str, *, title: str = "", log_x: bool = False, log_y: bool = False) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.config import ConfigError, compose_run
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.report import plots
-from benchmarks.report.plots import PALETTE, all_figures, style
+from benchmarks.report.plots import all_figures
 from benchmarks.report.records import RunRecord, by_label, distinguish, find_records, load_record
 from benchmarks.report.table import Spread, markdown, summarise, terminal, verdict
 from benchmarks.report.write import write_report
@@ -157,7 +157,7 @@ def test_a_page_says_when_runs_are_not_of_one_kind(tmp_path):
 def test_a_far_border_does_not_flatten_the_eigenvalues(records, tmp_path, monkeypatch):
     records[1].frame["edge"] = 4000.0
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, table, folder, name: drawn.setdefault("figure", figure))
+    monkeypatch.setattr(plots, "save", lambda figure, table, folder, name: drawn.setdefault("figure", figure))
     plots.eigenvalue_figure(records, tmp_path, "title")
     quick, slow = drawn["figure"].axes[:2]
     assert len(quick.lines) == 3 and not quick.texts  # two eigenvalues and the border
@@ -195,12 +195,10 @@ def test_figures_come_with_their_data(records, tmp_path):
     assert list(quick.step) == [0, 10, 20, 30] and list(quick.train_loss) == [2.0, 0.5, 0.09, 0.01]
     chi = pd.read_csv(tmp_path / "alignment.csv")
     assert list(chi[chi.optimizer == "slow"].chi_update.dropna()) == [0.25, 0.75]
-    before = [p.read_bytes() for p in paths]
-    assert [p.read_bytes() for p in all_figures(records, tmp_path, "a title", 0.1)] == before  # no dates inside
-
-
-def test_colours_and_lines_tell_eight_optimizers_apart():
-    assert len({tuple(style(i).values()) for i in range(8)}) == 8 and len(set(PALETTE)) == 8
+    files = [q for p in paths for q in (p, p.with_suffix(".svg"))]
+    before = [p.read_bytes() for p in files]
+    all_figures(records, tmp_path, "a title", 0.1)
+    assert [p.read_bytes() for p in files] == before  # no dates inside
 
 
 def _write(folder, lines, result=None, config=None):

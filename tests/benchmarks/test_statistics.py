@@ -89,6 +89,8 @@ def test_performance_profile():
     # a: (4 - 1) + (4 - 2) + 0 of 3 x 3; b: 3 + 3 + 2 of 9
     assert profile_score(found["a"]) == pytest.approx(5 / 9) and profile_score(found["b"]) == pytest.approx(8 / 9)
     assert profile_score([1.0, 1.0]) == 1.0 and profile_score([INF]) == 0.0 and math.isnan(profile_score([]))
+    # a target that holds before the first step
+    assert profile({"a": {"one": 0.0}, "b": {"one": 5.0}, "c": {"one": 0.0}}) == {"a": [1.0], "b": [INF], "c": [1.0]}
     with pytest.raises(ValueError, match="b has no result on two"):
         profile({"a": {"one": 1.0, "two": 2.0}, "b": {"one": 1.0}})
 

@@ -120,8 +120,8 @@ def test_colours_can_be_told_apart_without_colour_vision():
         seen = np.clip((colours**2.2) @ matrix.T, 0, 1) ** (1 / 2.2)
         distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(6)
         assert distance.min() > 0.12
-    looks = [(plots.style(i)["color"], plots.style(i)["linestyle"]) for i in range(8)]
-    assert len(set(looks)) == 8 and len({line for _, line in looks[:4]}) == 4
+    looks = [(plots.style(i)["color"], plots.style(i)["linestyle"]) for i in range(32)]
+    assert len(set(looks)) == 32 and len({line for _, line in looks[:4]}) == 4
 
 
 def test_matplotlibs_own_settings_are_left_alone(density):
