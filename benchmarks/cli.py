@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from benchmarks.config import ConfigError, available, compose_run, repeat_run, run_directory
+from benchmarks.config import ConfigError, RunConfig, available, compose_run, repeat_run, run_directory
 from benchmarks.progress import RunProgress
 from curvopt._errors import CurvoptError
 
@@ -127,14 +128,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.protocol.repeat import in_words, verdict
     from benchmarks.protocol.suite import fresh
     from benchmarks.protocol.train import execute
 
+    first: Path | None = None
     if options.config is not None:
         given = [word for word in (options.task, options.optimizer, *options.overrides) if word is not None]
         if any("=" not in word for word in given):
             raise ConfigError("--config takes everything from the saved file: name no task beside it")
         config = repeat_run(options.config, given)
+        first = options.config.parent
     else:
         if options.task is None or options.optimizer is None:
             raise ConfigError(
@@ -147,25 +151,33 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     console.print(f"Run folder: {run_directory(config)}", soft_wrap=True)
     with RunProgress() as progress:
         outcome = execute(config, progress)
-    r = outcome.record
+    _say_how_it_went(config, outcome.record, console)
+    if first is not None and first.resolve() != run_directory(config).resolve() and (first / "DONE").exists():
+        console.print(
+            f"Beside {first}: {in_words(verdict(config, first, run_directory(config)))}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return 0
+
+
+def _say_how_it_went(config: RunConfig, r: Mapping[str, Any], console: Console) -> None:
     for text in r.get("warnings", []):
         console.print(text, soft_wrap=True, highlight=False)
     console.print(f"Data: {r['data']}", soft_wrap=True)
     if r.get("log"):
         console.print(r["log"], soft_wrap=True, highlight=False)
-    if outcome.status != "done":
-        console.print(
-            f"{config.optimizer['label']}: {outcome.status} at step {r['step']}: {outcome.reason}", soft_wrap=True
-        )
-        return 0
+    if r["status"] != "done":
+        console.print(f"{config.optimizer['label']}: {r['status']} at step {r['step']}: {r['reason']}", soft_wrap=True)
+        return
     words = ", ".join(
         f"{k.replace('_', ' ')} {float(r[k]):.4g}" for k in ("train_loss", "test_loss", "test_accuracy") if k in r
     )
     cost = f"{r['gradients']:,} gradients, {r['products']:,} curvature products, {float(r['seconds']):.2f} s"
+    cost += f" of CPU ({float(r['wall_seconds']):.2f} s of wall clock)" if r["clock"] == "process" else ""
     console.print(
-        f"{config.optimizer['label']}: {outcome.status} after {r['step']:,} steps: {words}; {cost}", soft_wrap=True
+        f"{config.optimizer['label']}: {r['status']} after {r['step']:,} steps: {words}; {cost}", soft_wrap=True
     )
-    return 0
 
 
 def _bench_task(names: Sequence[str], console: Console) -> str:

@@ -34,7 +34,7 @@ class Account:
         return stats() if stats is not None else {}
 
     def seconds(self, label: str) -> float:
-        """Seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
+        """Wall-clock seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
         return self._carried[label] + self._stats().get(label, 0.0)
 
     def columns(self, watch: Stopwatch) -> dict[str, Any]:
@@ -54,10 +54,13 @@ class Account:
         }
         if stats:
             out |= {"refreshes": int(stats["refreshes"]), "basis_age": int(stats["age"])}
-        refresh, projection = self.seconds("seconds_refresh"), self.seconds("seconds_projection")
-        total = watch.get("train")
+        total, wall = watch.get("train"), watch.wall("train")
+        # The optimizer times its parts by the wall clock: their shares of it divide the seconds of the run's clock.
+        scale = total / wall if wall > 0 else 0.0
+        refresh, projection = (scale * self.seconds(f"seconds_{part}") for part in ("refresh", "projection"))
         return out | {
             "seconds": total,
+            "wall_seconds": wall,
             "seconds_base": total - refresh - projection,
             "seconds_refresh": refresh,
             "seconds_projection": projection,

@@ -18,7 +18,7 @@ from benchmarks.protocol.log import RECORDS
 from benchmarks.sinks.jsonl import decode, encode
 
 # Of the layout of the files below: a folder of another version is refused, never misread.
-VERSION = 1
+VERSION = 2
 
 
 class BusyError(ConfigError):

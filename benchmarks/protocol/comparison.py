@@ -8,16 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.config import (
     CONFIGS,
@@ -32,11 +36,13 @@ from benchmarks.config import (
 from benchmarks.files import atomic_write_json, remove_leftovers
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.checkpoint import BusyError, RunFolder
+from benchmarks.protocol.repeat import in_words, verdict
 from benchmarks.protocol.search import Trial, Tuned, as_overrides, judge, search, space_of, tuning_runs
 from benchmarks.protocol.train import execute
 from benchmarks.sinks.jsonl import decode, encode
 
-VERSION = 1
+VERSION = 2
+_WARM_UP = 5  # steps before a re-timed run
 _TUNING_SEED = 1000  # of the first tuning run; seeds 0, 1, 2 ... are for the results
 
 
@@ -51,6 +57,8 @@ class SuiteConfig:
         trials: of each optimizer's search, the same number for all.
         tuning_seeds: runs a trial; their seeds are never those of the results.
         seeds: runs of the best setting, at least 6 for a test that can reach .05.
+        retime: of those runs, as many seeds are done once more with nothing of the suite beside them, for their seconds;
+            0 for none.
         scaled: optimizer -> factors: controls that take its tuned setting with the learning rate simply scaled.
         ablate: optimizer -> key -> values: its tuned setting with this one thing changed, an argument of the optimizer, or
             of the task (``task.curvature_examples``).
@@ -64,6 +72,7 @@ class SuiteConfig:
     trials: int = 12
     tuning_seeds: int = 1
     seeds: int = 6
+    retime: int = 1
     scaled: dict[str, list[float]] = field(default_factory=dict)
     ablate: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
@@ -121,11 +130,13 @@ def _check(config: SuiteConfig, name: str) -> None:
         _check_choice("task", task)
     for optimizer in (*config.optimizers, *config.scaled):
         _check_choice("optimizer", optimizer)
-    for key, least in (("trials", 3), ("tuning_seeds", 1), ("seeds", 1)):
+    for key, least in (("trials", 3), ("tuning_seeds", 1), ("seeds", 1), ("retime", 0)):
         if getattr(config, key) < least:
             raise ConfigError(f"suite {name}: {key} must be at least {least}, got {getattr(config, key)}")
     if config.seeds > _TUNING_SEED:
         raise ConfigError(f"suite {name}: seeds must be at most {_TUNING_SEED}, where those of the tuning begin")
+    if config.retime > config.seeds:
+        raise ConfigError(f"suite {name}: retime must be at most seeds, {config.seeds}, got {config.retime}")
     for optimizer in (*config.scaled, *config.baselines, *config.ablate):
         if optimizer not in config.optimizers:
             raise ConfigError(
@@ -218,7 +229,12 @@ class Comparison:
             progress.begin(f"{name}: timing a product", 1)
             task = tasks.build(run.task, run.device)
             remove_leftovers(costs)
-            found = measure_costs(task, task.model(0), run.batch_size, route=run.route)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(run.threads)  # as in the runs
+            try:
+                found = measure_costs(task, task.model(0), run.batch_size, route=run.route)
+            finally:
+                torch.set_num_threads(threads)
             atomic_write_json(costs, {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route})
             progress.finish_run()
 
@@ -268,6 +284,34 @@ class Comparison:
             runs += [replace(run, seed=s) for s in range(self.config.seeds)]
         return [replace(r, wandb=replace(r.wandb, group=f"{self.config.title}: {unit.task}")) for r in runs]
 
+    def retimed(self, runs: Sequence[RunConfig]) -> list[RunConfig]:
+        """Of ``finals``, what is done once more alone: the first seeds, in a folder of their own, without W&B."""
+        out = str(self.out / "retimed")
+        return [
+            replace(r, out=out, wandb=replace(r.wandb, mode="disabled")) for r in runs if r.seed < self.config.retime
+        ]
+
+    def retime(self, config: RunConfig) -> str:
+        """Do a run of ``retimed`` and note beside it whether it gave the numbers of the first one; a line about it."""
+        folder = run_directory(config)
+        note = folder / "repeat.json"
+        quiet = RunProgress(enabled=False)
+        if not RunFolder(folder).done.exists():
+            self._warm_up(config, quiet)
+        record = self.run(config, quiet)
+        remove_leftovers(note)
+        if not note.exists():
+            atomic_write_json(note, verdict(config, run_directory(replace(config, out=str(self.out / "runs"))), folder))
+        spent = (
+            f"{record['seconds']:.2f} s, wall clock {record['wall_seconds']:.2f} s" if "seconds" in record else "failed"
+        )
+        return f"{spent}, {in_words(json.loads(note.read_text()))}"
+
+    def _warm_up(self, config: RunConfig, progress: RunProgress) -> None:
+        """A few steps that count for nothing: what a process does only once must not go to its first run."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.run(replace(config, steps=min(config.steps, _WARM_UP), run_dir=f"{folder}/run"), progress)
+
     def run(self, config: RunConfig, progress: RunProgress) -> Mapping[str, Any]:
         """One run; what it raises becomes its result, but for a full disk and the like, which end the suite."""
         folder = RunFolder(run_directory(config))
@@ -311,6 +355,20 @@ class Comparison:
                 else f"; {len(work) - done} left, about {spent / done * (len(work) - done) / 60:.0f} min"
             )
             self.say(f"[{done}/{len(work)}] {text}{left}")
+        self._retime_all(work)
+
+    def _retime_all(self, work: Sequence[Unit]) -> None:
+        quiet = RunProgress(enabled=False)
+        runs = [r for unit in work for r in self.retimed(self.finals(unit, self.tune(unit, quiet)))]
+        left = [r for r in runs if not (run_directory(r) / "repeat.json").exists()]
+        if not left:
+            return
+        # One process, a new one for all of them: no bars and no other run take seconds from it.
+        with _workers(1) as pool:
+            for i, run in enumerate(left, len(runs) - len(left) + 1):
+                text = pool.submit(_retime, self.config, self.out, run).result()
+                name = f"{run.task['file']}, {run.optimizer['label']}, seed {run.seed}"
+                self.say(f"[{i}/{len(runs)}] alone: {name}: {text}")
 
     def claim(self) -> None:
         """Write ``suite.json``; a folder that holds another version's results is refused."""
@@ -329,15 +387,22 @@ class Comparison:
             for unit in work:
                 yield self.do(unit, progress)
             return
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _die_with_parent, (os.getpid(),)) as pool:
-            waiting = {pool.submit(_worker, self.config, self.out, unit): unit for unit in work}
-            try:
-                for future in as_completed(waiting):
-                    yield future.result()
-            except BrokenProcessPool as error:
-                raise OSError("a worker was killed (out of memory?): the same command goes on") from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with _workers(jobs) as pool:
+            waiting = [pool.submit(_worker, self.config, self.out, unit) for unit in work]
+            for future in as_completed(waiting):
+                yield future.result()
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one; what waits is dropped where one of them fails."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _die_with_parent, (os.getpid(),)) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise OSError("a worker was killed (out of memory?): the same command goes on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _die_with_parent(parent: int) -> None:
@@ -358,6 +423,10 @@ def _worker(config: SuiteConfig, out: Path, unit: Unit) -> str:
 def _words(change: str) -> str:
     """``rank=3`` of ``optimizer.rank=3``: for labels."""
     return change.partition(".")[2].replace('"', "")
+
+
+def _retime(config: SuiteConfig, out: Path, run: RunConfig) -> str:
+    return Comparison(config, out).retime(run)
 
 
 def suite_names() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.protocol.clock import now
 from benchmarks.tasks import Task
 from curvopt._params import named_parameters
 from curvopt.curvature import Hessian
@@ -139,13 +139,7 @@ def measure_costs(
 def _best_seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
     best = math.inf
     for _ in range(repeats + 1):  # the first one warms up
-        start = _now(device)
+        start = now(device)
         work()
-        best = min(best, _now(device) - start)
+        best = min(best, now(device) - start)
     return best
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

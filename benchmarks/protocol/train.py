@@ -18,7 +18,7 @@ from benchmarks.config import OWN_KEYS, ConfigError, RunConfig, run_directory
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.account import Account
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
-from benchmarks.protocol.clock import Stopwatch
+from benchmarks.protocol.clock import Stopwatch, clock_of
 from benchmarks.protocol.controls import RandomSubspace
 from benchmarks.protocol.environment import environment
 from benchmarks.protocol.log import RunLog
@@ -161,7 +161,7 @@ class Run:
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "account": self.account.state_dict(),
             "meter": None if self.meter is None else self.meter.state_dict(),
-            "seconds": dict(self.watch.seconds),
+            "watch": self.watch.state_dict(),
             "loss": (self.loss_sum, self.loss_count, self.first_loss),
         }
 
@@ -181,7 +181,7 @@ class Run:
         self.account.load_state_dict(state["account"])
         if self.meter is not None:
             self.meter.load_state_dict(state["meter"])
-        self.watch.seconds = dict(state["seconds"])
+        self.watch.load_state_dict(state["watch"])
         loss_sum, count, first = state["loss"]
         self.loss_sum, self.loss_count, self.first_loss = loss_sum.to(self.device), int(count), first
 
@@ -413,6 +413,7 @@ def _execute(
             "step": run.step,
             "product_cost": run.account.cost,
             "route": run.route,
+            "clock": clock_of(run.device),
             "data": run.task.data_source,
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "finished_after": time.time() - started,

@@ -7,14 +7,17 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.config import ConfigError, run_directory
+from benchmarks.config import ConfigError, RunConfig, run_directory
 from benchmarks.files import atomic_write_text
 from benchmarks.progress import RunProgress
+from benchmarks.protocol.clock import CLOCKS
 from benchmarks.protocol.comparison import Comparison, SuiteConfig, Unit, units
+from benchmarks.protocol.repeat import in_words
 from benchmarks.protocol.search import Tuned
 from benchmarks.protocol.statistics import (
     LEAST_PAIRS,
@@ -44,6 +47,11 @@ class Standing:
         reasons: of those.
         tuned: its search; None for a control that took another's setting.
         records: the runs, a seed each.
+        seconds, wall_seconds: of each whole run, on its clock and by the wall clock; NaN for a run that left no record.
+        clock: see ``benchmarks.protocol.clock.CLOCKS``; empty where no run says.
+        retimed: runs of the first seeds done once more with nothing beside them; where there are any, seconds to the
+            target are what these had spent at the step at which the seed's own run reached it, their median.
+        repeats: of those, whether the numbers were the same bit for bit, see ``benchmarks.protocol.repeat.verdict``.
     """
 
     task: str
@@ -58,6 +66,11 @@ class Standing:
     settings: str
     tuned: Tuned | None = field(compare=False)
     records: list[RunRecord] = field(default_factory=list, compare=False, repr=False)
+    seconds: list[float] = field(default_factory=list, compare=False)
+    wall_seconds: list[float] = field(default_factory=list, compare=False)
+    clock: str = ""
+    retimed: list[RunRecord] = field(default_factory=list, compare=False)
+    repeats: list[Mapping[str, Any]] = field(default_factory=list, compare=False)
 
 
 def standings(config: SuiteConfig, out: Path) -> list[Standing]:
@@ -78,32 +91,52 @@ def _unit(suite: Comparison, unit: Unit) -> list[Standing]:
         raise ConfigError(f"{suite.out}: {unit.optimizer} is not tuned on {unit.task} yet: run the suite to its end")
     tuned = suite.tune(unit, RunProgress(enabled=False))  # reads the file
     runs = suite.finals(unit, tuned)
-    groups: dict[str, list[RunRecord]] = {}
+    first = _by_label(suite, runs, "result.json")
+    again = _by_label(suite, suite.retimed(runs), "repeat.json")
+    target = runs[0].task["target"]
+    found = []
+    for i, (label, folders) in enumerate(first.items()):
+        alone = again.get(label, [])
+        notes = [json.loads((folder / "repeat.json").read_text()) for folder in alone]
+        records = [load_record(folder) for folder in folders]
+        twice = [load_record(folder) for folder in alone]
+        found.append(_standing(unit, label, records, target, tuned if i == 0 else None, twice, notes))
+    return found
+
+
+def _by_label(suite: Comparison, runs: Sequence[RunConfig], last: str) -> dict[str, list[Path]]:
+    """Folders of runs by their label; ``last``: the file whose presence tells that a run is finished."""
+    groups: dict[str, list[Path]] = {}
     for run in runs:
         folder = run_directory(run)
-        if not (folder / "result.json").exists():
+        if not (folder / last).exists():
             raise ConfigError(f"{suite.out}: {folder.relative_to(suite.out)} is missing: run the suite to its end")
-        groups.setdefault(str(run.optimizer["label"]), []).append(load_record(folder))
-    target = runs[0].task["target"]
-    return [
-        _standing(unit, label, records, target, tuned if i == 0 else None)
-        for i, (label, records) in enumerate(groups.items())
-    ]
+        groups.setdefault(str(run.optimizer["label"]), []).append(folder)
+    return groups
 
 
 def _standing(
-    unit: Unit, label: str, records: Sequence[RunRecord], target: float | None, tuned: Tuned | None
+    unit: Unit,
+    label: str,
+    records: Sequence[RunRecord],
+    target: float | None,
+    tuned: Tuned | None,
+    retimed: Sequence[RunRecord] = (),
+    repeats: Sequence[Mapping[str, Any]] = (),
 ) -> Standing:
     def end(record: RunRecord, name: str, lost: float) -> float:
         return record.last(name) if record.status == "done" else lost
 
     curves = [r.column("train_loss") for r in records]
+    reached = {} if target is None else {a: [r.to_target(target, a) for r in records] for a in AXES}
+    if reached and any(len(r.column("seconds")) for r in retimed):
+        reached["seconds"] = [_alone(step, retimed) for step in reached["step"]]
     given = {k: v for k, v in records[0].config.optimizer.items() if k not in ("file", "zoo", "label")}
     return Standing(
         task=unit.task,
         label=label,
         optimizer=unit.optimizer,
-        to_target={} if target is None else {a: [r.to_target(target, a) for r in records] for a in AXES},
+        to_target=reached,
         train_loss=[end(r, "train_loss", math.inf) for r in records],
         accuracy=[end(r, "test_accuracy", math.nan) for r in records],
         area=[
@@ -115,7 +148,20 @@ def _standing(
         settings=", ".join(f"{k}={v}" for k, v in given.items()),
         tuned=tuned,
         records=list(records),
+        seconds=[r.last("seconds") for r in records],
+        wall_seconds=[r.last("wall_seconds") for r in records],
+        clock=next((str(r.result["clock"]) for r in (*retimed, *records) if "clock" in r.result), ""),
+        retimed=list(retimed),
+        repeats=list(repeats),
     )
+
+
+def _alone(step: float, retimed: Sequence[RunRecord]) -> float:
+    """Seconds that the re-timed runs had spent at a step, their median; infinite for a miss."""
+    if math.isinf(step):
+        return math.inf
+    spent = [r.spent(step, "seconds") for r in retimed]
+    return median([s for s in spent if not math.isnan(s)])
 
 
 def criterion(standing: Standing) -> list[float]:
@@ -189,6 +235,37 @@ def tuning_table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def seconds_table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+    """What a whole run and a step took: beside the others of the suite, and alone; nothing where no run was timed."""
+    header = ["optimizer", "seconds, all runs", "wall clock", "alone: seconds", "wall clock", "ms a step", "repeated"]
+    body = []
+    for r in rows:
+        alone = [(x.last("seconds"), x.last("wall_seconds"), float(x.result.get("step", 0))) for x in r.retimed]
+        steps = [1e3 * s / n for s, _, n in alone if n and not math.isnan(s)]
+        same = sum(bool(x["same"]) for x in r.repeats)
+        line = [r.label, _middle(r.seconds), _middle(r.wall_seconds)]
+        line += [_middle([s for s, _, _ in alone]), _middle([w for _, w, _ in alone])]
+        body.append([*line, f"{median(steps):.3f}" if steps else "-", f"{same} of {len(r.repeats)}" if alone else "-"])
+    return header, body
+
+
+def _middle(values: Sequence[float]) -> str:
+    known = [v for v in values if not math.isnan(v)]
+    return f"{median(known):.2f}" if known else "-"
+
+
+def repetition(found: Sequence[Standing]) -> str:
+    """Whether the re-timed runs gave the first runs' losses bit for bit; those that did not, and what stands in the way."""
+    runs = [(r, x, v) for r in found for x, v in zip(r.retimed, r.repeats, strict=True)]
+    other = [(r, x, v) for r, x, v in runs if not v["same"]]
+    if not runs:
+        return "No run was done twice, so seconds are of runs beside others, and nothing is said of repetition."
+    if not other:
+        return f"All {len(runs)} re-timed runs gave the same losses bit for bit."
+    lines = [f"- {r.task}, {r.label}, seed {x.config.seed}: {in_words(v)}" for r, x, v in other]
+    return f"Of {len(runs)} re-timed runs {len(other)} did not give the same losses bit for bit:\n\n" + "\n".join(lines)
+
+
 def profile_table(found: Sequence[Standing], axis: str) -> tuple[list[str], list[list[str]]]:
     """Scores of the performance profiles over the tasks that have a target, best first."""
     times: dict[str, dict[str, float]] = {}
@@ -246,6 +323,7 @@ def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
         words = "no target is set, so the final train loss decides" if target is None else f"target {target:g}"
         parts.append(f"## {task}: {words}\n\n" + markdown(*task_table(rows, config)))
         parts.append(f"Tuning on {task}:\n\n" + markdown(*tuning_table(rows)))
+        parts.append(f"Seconds of a run on {task}, medians:\n\n" + markdown(*seconds_table(rows)))
         lost = [f"- {r.label}: {reason}" for r in rows for reason in r.reasons]
         parts += ["Runs that did not end well:\n\n" + "\n".join(lost)] if lost else []
         parts += [figure.markdown(command) for figure in task_figures(rows, places, target, out)]
@@ -267,20 +345,34 @@ def _facts(config: SuiteConfig, out: Path, found: Sequence[Standing]) -> str:
             f"never looking at the test set, then run with {config.seeds} seeds that the tuning had not seen. Medians over "
             "seeds with 95 % bootstrap intervals; a miss counts as infinite. Claims are against the better of "
             f"{names}, by an exact paired signed-rank test over seeds; they are not corrected for their number.",
-            "Seconds are of training, measured while other runs may have been at work, so compare steps and "
-            "gradient-equivalents first. Mean log10 loss is the area under the curve of the train loss.",
+            _clock_facts(config, found) + " Mean log10 loss is the area under the curve of the train loss.",
+            repetition(found),
             *(f"Measured on {cpu}, torch {version}, commit {commit}." for cpu, version, commit in places),
             f"Dates: {dates[0]} to {dates[-1]}." if dates else "",
         ]
     ).strip()
 
 
+def _clock_facts(config: SuiteConfig, found: Sequence[Standing]) -> str:
+    clocks = " or ".join(CLOCKS.get(c, c) for c in sorted({r.clock for r in found if r.clock})) or "of training"
+    if not config.retime:
+        return f"Seconds ({clocks}) are of runs with others at work beside them, the wall clock is given with them."
+    seeds = "the first seed" if config.retime == 1 else f"the first {config.retime} seeds"
+    return (
+        f"Seconds ({clocks}) are of each setting's runs of {seeds}, done once more after all others with nothing of the "
+        "suite beside them: to the target, what these had spent at the step at which the seed's own run reached it."
+    )
+
+
 def _csv(found: Sequence[Standing]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["task", "optimizer", "seed", *AXES, "train_loss", "test_accuracy", "mean_log10_loss", "settings"])
+    head = ["task", "optimizer", "seed", *AXES, "train_loss", "test_accuracy", "mean_log10_loss"]
+    table.writerow([*head, "run_seconds", "run_wall_seconds", "settings"])
     for r in found:
         for i, loss in enumerate(r.train_loss):
             axes = [r.to_target[a][i] if r.to_target else "" for a in AXES]
-            table.writerow([r.task, r.label, i, *axes, loss, r.accuracy[i], r.area[i], r.settings])
+            table.writerow(
+                [r.task, r.label, i, *axes, loss, r.accuracy[i], r.area[i], r.seconds[i], r.wall_seconds[i], r.settings]
+            )
     return text.getvalue()

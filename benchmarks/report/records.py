@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.config import ConfigError, RunConfig, config_hash, load_run, settings
+from benchmarks.protocol.clock import MEASURED
 from benchmarks.protocol.log import RECORDS
 from benchmarks.sinks import read_jsonl
 from benchmarks.sinks.jsonl import decode
 
-# Columns that a repeated run need not repeat: they are measured, all others are counted or computed.
-MEASURED = ("seconds", "seconds_base", "seconds_refresh", "seconds_projection", "seconds_measure")
+__all__ = ["AXES", "MEASURED", "RunRecord", "by_label", "differences", "distinguish", "find_records", "load_record"]
 AXES = {"step": "steps", "gradient_equivalents": "gradient-equivalents", "seconds": "seconds"}
 
 
@@ -73,6 +73,15 @@ class RunRecord:
         if not len(reached):
             return math.inf
         return float(reached.index[0] if axis == "step" else reached[axis].iloc[0])
+
+    def spent(self, step: float, axis: str) -> float:
+        """Where ``axis`` stood at a step, in proportion beyond the last record; NaN where the run never had it."""
+        column = self.column(axis)
+        known = column[column.index <= step]
+        if not len(known) or column.index[-1] == 0:
+            return math.nan
+        last = float(column.index[-1])
+        return float(column.iloc[-1]) * step / last if step > last else float(known.iloc[-1])
 
 
 def load_record(folder: str | Path) -> RunRecord:

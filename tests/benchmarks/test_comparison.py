@@ -24,7 +24,7 @@ from benchmarks.report.records import find_records
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = "overrides=[steps=40,product_cost=3.0,route=loop,wandb.mode=disabled,checkpoint_every=10]"
 TINY = ["trials=3", "seeds=2", "optimizers=[sgd_momentum,interpolated_sgd]", "baselines=[sgd_momentum]", PINNED]
-MEASURED = {"seconds"}
+MEASURED = {"seconds", "run_seconds", "run_wall_seconds"}
 
 
 def _perform(out, *overrides, jobs=1):
@@ -55,7 +55,7 @@ def test_every_optimizer_gets_the_same_budget_and_every_run_a_row(unbroken):
         assert len(found["trials"]) == 3
     # 2 optimizers x 3 trials, then 2 seeds each, and 2 of the control
     assert len(list((out / "runs").rglob("DONE"))) == 2 * 3 + 3 * 2
-    assert said[-1].startswith("[2/2] noisy_quadratic, interpolated_sgd: best lr=")
+    assert any(line.startswith("[2/2] noisy_quadratic, interpolated_sgd: best lr=") for line in said)
     report = (out / "report.md").read_text()
     assert "too few seeds (2)" in report and "the baseline" in report and "Tuning on noisy_quadratic" in report
 
@@ -70,10 +70,45 @@ def test_the_control_takes_the_tuned_setting_with_its_rate_scaled(unbroken):
 
 def test_the_same_command_again_does_nothing_twice(unbroken):
     out, _, _ = unbroken
-    stamps = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("DONE")}
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("DONE")}
     before = _table(out)
     _perform(out)
-    assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("DONE")} == stamps and _table(out) == before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("DONE")} == stamps and _table(out) == before
+
+
+def test_each_setting_is_run_once_more_alone_and_repeats_bit_for_bit(unbroken):
+    out, config, said = unbroken
+    labels = ["SGD with momentum", "SGD with momentum, lr x 2", "Interpolated SGD"]
+    assert len(list((out / "retimed").rglob("DONE"))) == 3 and not list((out / "retimed").rglob("wandb"))
+    alone = [line for line in said if " alone: " in line]
+    assert [line.partition(", seed")[0] for line in alone] == [
+        f"[{i}/3] alone: noisy_quadratic, {label}" for i, label in enumerate(labels, 1)
+    ]
+    assert said[-3:] == alone and all("the same losses bit for bit" in line for line in alone)
+    report = (out / "report.md").read_text()
+    assert "All 3 re-timed runs gave the same losses bit for bit." in report
+    assert "Seconds (CPU seconds of the run's process, over all of its threads) are of each setting's runs" in report
+    for row in standings(config, out):
+        (run,) = row.retimed
+        assert run.config.seed == 0 and row.clock == "process" and 0 < run.last("seconds")
+        assert len(row.seconds) == 2 and all(s > 0 for s in [*row.seconds, *row.wall_seconds])
+
+
+def test_a_run_that_does_not_repeat_is_named_with_what_stands_in_the_way(unbroken, tmp_path):
+    out = tmp_path / "suite"
+    shutil.copytree(unbroken[0], out)
+    log = sorted((out / "runs").rglob("sgd_momentum-*/seed-0/log.jsonl"))[0]
+    lines = log.read_text().splitlines()
+    row = json.loads(lines[-1])
+    lines[-1] = json.dumps({**row, "train_loss": row["train_loss"] * (1 + 1e-15)})
+    log.write_text("\n".join(lines) + "\n")
+    for note in (out / "retimed").rglob("repeat.json"):
+        note.unlink()
+    _perform(out)
+    report = (out / "report.md").read_text()
+    assert "Of 3 re-timed runs 1 did not give the same losses bit for bit:" in report
+    assert "seed 0: NOT the same: train_loss at step 40: " in report
+    assert "; no operation that torch knows as non-deterministic" in report
 
 
 def test_two_processes_give_the_same_table(unbroken, tmp_path):
@@ -156,7 +191,7 @@ def test_an_unfinished_suite_is_no_report(tmp_path, unbroken):
 
 def test_another_versions_folder_is_refused(tmp_path):
     (tmp_path / "suite.json").write_text('{"version": 99}')
-    with pytest.raises(ConfigError, match="holds a suite of format 99, this program writes 1: move it away"):
+    with pytest.raises(ConfigError, match="holds a suite of format 99, this program writes 2: move it away"):
         Comparison(SuiteConfig(), tmp_path).claim()
 
 
@@ -167,6 +202,8 @@ def test_another_versions_folder_is_refused(tmp_path):
         (["smoke", "trails=4"], "unknown key 'trails' of a suite: did you mean 'trials'"),
         (["smoke", "trials=2"], "trials must be at least 3, got 2"),
         (["smoke", "seeds=0"], "seeds must be at least 1, got 0"),
+        (["smoke", "retime=3"], "retime must be at most seeds, 2, got 3"),
+        (["smoke", "retime=-1"], "retime must be at least 0, got -1"),
         (["smoke", "seeds=many"], "could not be converted to Integer"),
         (["smoke", "trials"], "expected KEY=VALUE, got 'trials'"),
         (["smoke", "tasks=[digit_mlp]"], "unknown task 'digit_mlp': did you mean 'digits_mlp'"),

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_an_older_layout_is_refused(tmp_path):
     folder = execute(config).folder
     folder.meta.write_text('{"version": 0}')
     folder.done.unlink()
-    with pytest.raises(ConfigError, match="was written in format 0, this program writes 1"):
+    with pytest.raises(ConfigError, match="was written in format 0, this program writes 2"):
         execute(config)
 
 
