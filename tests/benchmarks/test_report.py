@@ -229,7 +229,7 @@ def test_reading_back_torn_and_unfinished_runs(tmp_path):
 def test_page(tmp_path):
     line = '{"step": %d, "train_loss": %g, "test_accuracy": 0.9, "seconds": 1.0, "gradient_equivalents": %d}\n'
     result = {"status": "done", "reason": "", "step": 10, "data": "made up", "warnings": ["GapWarning: no gap"]}
-    _write(tmp_path / "a", [line % (0, 2.0, 0), line % (10, 0.005, 10)], result)
+    _write(tmp_path / "a", [line % (0, 2.0, 0), line % (10, 0.0005, 10)], result)
     out = Console(record=True, width=120, file=io.StringIO())
     path = write_report([tmp_path / "a"], tmp_path / "out", out)
     text = path.read_text()
@@ -237,13 +237,13 @@ def test_page(tmp_path):
         "# digits MLP, cross-entropy",
         "Data: made up.",
         "Seeds: 0.",
-        "| AdamW | done | 0.005 |",
+        "| AdamW | done | 0.0005 |",
         "| AdamW | `adamw` lr=0.016",
         "AdamW: GapWarning: no gap",
         "(loss_against_steps.png)",
     ):
         assert part in text, part
-    assert "Fewest steps to 0.01: AdamW (10)." in out.export_text()
+    assert "Fewest steps to 0.00084: AdamW (10)." in out.export_text()
     other = compose_run("mnist5k_mlp", "adamw")
     _write(tmp_path / "b", [line % (0, 2.0, 0)], result, other)
     with pytest.raises(ConfigError, match="compares runs of one task, these are of digits_mlp, mnist5k_mlp"):
