@@ -123,3 +123,28 @@ register(
         remarks="Up to max_iter=20 iterations a step, each with a solve of up to cg_iterations=1000 Hessian products.",
     ),
 )
+
+register(
+    Entry(
+        "ire-sgd",
+        "curvopt.zoo.rivals.ire:IRE",
+        "subspace",
+        memory=2.0,
+        paper="arXiv 2405.20763",
+        licence="MIT",
+        search={"lr": Range(1e-4, 10.0), "prog": Range(0.25, 4.0), "sharp": Choice((0.1, 0.01, 0.4))},
+        remarks="SGD with momentum; longer steps along the coordinates with a small diagonal Fisher.",
+    ),
+    Entry(
+        "eigen-sam",
+        "curvopt.zoo.rivals.eigen_sam:EigenSAM",
+        "curvature",
+        needs_closure=True,
+        needs_curvature=True,
+        memory=2.0,
+        paper="arXiv 2501.12666",
+        licence="MIT",
+        search={"lr": Range(1e-4, 10.0), "rho": Range(0.005, 0.5)},
+        remarks="Two gradients a step; the perturbation of SAM turned toward the top eigenvector, by five products a refresh.",
+    ),
+)

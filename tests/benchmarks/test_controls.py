@@ -55,6 +55,19 @@ def test_the_random_control_differs_from_the_true_subspace_and_from_its_base(tmp
     assert len(set(losses.values())) == 3
 
 
+def test_what_the_controls_from_papers_cost(tmp_path):
+    """IRE takes no product; Eigen-SAM a second gradient a step and five products every hundred steps."""
+    common = [*QUIET, "optimizer.lr=0.01", f"out={tmp_path}"]
+    base, ire, sam = (
+        execute(compose_run("noisy_quadratic", name, common)).record
+        for name in ("sgd_momentum", "control_ire", "control_eigen_sam")
+    )
+    assert (ire["gradients"], ire["products"], ire["gradient_equivalents"]) == (30, 0, 30)
+    assert (sam["gradients"], sam["products"], sam["refreshes"]) == (60, 5, 1)
+    assert sam["gradient_equivalents"] == 60 + 5 * 3.0
+    assert len({base["train_loss"], ire["train_loss"], sam["train_loss"]}) == 3
+
+
 def test_round_up():
     assert round_up(0.0123) == 0.013 and round_up(0.012) == 0.012 and round_up(1234.0) == 1300.0
     assert round_up(0.0) == 0.0 and round_up(9.96) == 10.0

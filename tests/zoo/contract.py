@@ -78,7 +78,8 @@ def make(name, problem, params=None, **kw):
     if entry.needs_curvature:
         held = [p for g in params for p in (g["params"] if isinstance(g, dict) else [g])]
         data = (problem.x, problem.y)
-        kw |= {"curvature": Hessian(problem.model, problem.loss, data, params=held), "rank": 2, "refresh_every": 5}
+        kw |= {"curvature": Hessian(problem.model, problem.loss, data, params=held), "refresh_every": 5}
+        kw |= {"rank": 2} if "rank" in entry.defaults else {}
     return zoo.create(name, params, **kw), entry
 
 
