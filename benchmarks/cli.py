@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     suite = commands.add_parser("suite", help="tune every optimizer alike on several tasks, run them, rank them")
     suite.add_argument("name", help="a file in configs/suite")
     suite.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the suite: trials=6 tasks=[digits_mlp]")
+    suite.add_argument("--small", action="store_true", help="NAME_small in its place: what ends within two hours")
     suite.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes, one thread each (default: 1)")
     suite.add_argument("--out", type=Path, default=Path("runs"), help="parent of its folder (default: runs)")
 
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="tables and figures of a suite or of runs that are there, as a page")
     report.add_argument("folder", type=Path, help="a suite's folder, or one with runs of one task below it")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER)")
+    report.add_argument("--page", type=Path, metavar="FILE", help="of a suite with targets: write its report there too")
     report.add_argument("--target", type=float, help="train loss that counts as solved (default: the task's)")
 
     study = commands.add_parser("study", help="re-run what a paper claims: claims table, figures, logs")
@@ -242,12 +244,18 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
 def _suite(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.protocol.comparison import Comparison, load_comparison
     from benchmarks.report.leaderboard import markdown, profile_table, standings, write_leaderboard
+    from benchmarks.report.targets import write_targets
 
-    config = load_comparison(options.name, options.overrides)
-    out = options.out / f"suite-{options.name}"
-    command = shlex.join(["python", "-m", "benchmarks", "suite", options.name, *options.overrides])
+    name = f"{options.name}_small" if options.small else options.name
+    config = load_comparison(name, options.overrides)
+    out = options.out / f"suite-{name}"
+    flags = ["--small"] if options.small else []
+    command = shlex.join(["python", "-m", "benchmarks", "suite", options.name, *flags, *options.overrides])
     with RunProgress() as progress:
         Comparison(config, out, progress.print, command).perform(progress, options.jobs)
+    if config.targets:
+        console.print(f"Report: {write_targets(config, out, command)}", soft_wrap=True)
+        return 0
     path = write_leaderboard(config, out, command)
     table = profile_table(standings(config, out), "step")
     if table[0]:
@@ -271,12 +279,20 @@ def _target(options: argparse.Namespace, console: Console) -> int:
 def _report(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.protocol.comparison import load_folder
     from benchmarks.report.leaderboard import write_leaderboard
+    from benchmarks.report.targets import write_targets
     from benchmarks.report.write import write_report
 
     if (options.folder / "suite.json").exists():
         config, command = load_folder(options.folder)
         command = command or f"python -m benchmarks report {options.folder}"
-        console.print(f"Report: {write_leaderboard(config, options.folder, command)}", soft_wrap=True)
+        if options.page is not None and not config.targets:
+            raise ConfigError(f"--page is for a suite with targets, and {config.title!r} has none")
+        found = (
+            write_targets(config, options.folder, command, options.page)
+            if config.targets
+            else write_leaderboard(config, options.folder, command)
+        )
+        console.print(f"Report: {found}", soft_wrap=True)
         return 0
     files = sorted(options.folder.rglob("config.yaml"))
     if not files:

@@ -28,11 +28,14 @@ from curvopt import zoo
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 # Keys that name the run's surroundings: they don't change a single number of its record.
-_NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost", "route")
+_NOT_HASHED = ("out", "run_dir", "wandb", "checkpoint_every", "product_cost", "route", "jacobian_cost")
+# Fields that came later: left out of the hash at their defaults.
+_LATER_FIELDS = ("stop_hopeless", "max_seconds", "max_gradients", "stop_at", "eval_gradients")
 # Arguments that are numbers wherever they occur; the others keep the type that YAML gives them.
 _NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "overhead", "damping", "tol"}
-# What an optimizer's file says to the harness: its entry, its name, a control's trick, a schedule, the decay of an average.
-OWN_KEYS = ("zoo", "label", "control", "schedule", "average")
+# What an optimizer's file says to the harness: its entry, its name, a control's trick, a schedule, the decay
+# of an average, a first optimizer.
+OWN_KEYS = ("zoo", "label", "control", "schedule", "average", "warmup")
 
 
 class ConfigError(ValueError):
@@ -91,8 +94,14 @@ class RunConfig:
         checkpoint_every: steps between checkpoints.
         device, threads: where it runs.
         out: folder of all runs; run_dir: the folder of this one, instead of the one named by the config's hash.
+        max_seconds, max_gradients: of training, and of gradient-equivalents: the run ends after the first step at which
+            one of them is spent.
+        stop_at: column of the evaluation -> value; the run ends once all of them are at or below theirs; none by default.
+        eval_gradients: gradient-equivalents between evaluations, beside ``eval_every``: methods that take from one to
+            thousands of gradients a step are then looked at alike; 0 leaves it to ``eval_every``.
         stop_hopeless: end a run whose mini-batch loss lies above its first one a quarter of the way or later; for tuning.
         product_cost: gradients of a training batch that one curvature product costs; None measures it once.
+        jacobian_cost: those that an iteration of a method on residuals costs; None measures it once.
         route: "loop" or "batched", how blocks of products are multiplied; None takes the loop on a CPU, where batching
             gains nothing, and elsewhere times both once.
         wandb: see WandbConfig.
@@ -112,8 +121,13 @@ class RunConfig:
     threads: int = 1
     out: str = "runs"
     run_dir: str | None = None
+    max_seconds: float | None = None
+    max_gradients: float | None = None
+    stop_at: dict[str, float] = field(default_factory=dict)
+    eval_gradients: int = 0
     stop_hopeless: bool = False
     product_cost: float | None = None
+    jacobian_cost: float | None = None
     route: str | None = None
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -185,7 +199,7 @@ def _split(override: str) -> tuple[str, str]:
 
 def _optimizer_schema(entry: zoo.Entry) -> Any:
     fields: list[tuple[str, Any, Any]] = [("zoo", str, ""), ("label", str, ""), ("control", str | None, None)]
-    fields += [("schedule", str | None, None), ("average", float | None, None)]
+    fields += [("schedule", str | None, None), ("average", float | None, None), ("warmup", Any, None)]
     for key, default in entry.defaults.items():
         if key == "curvature":
             continue  # the harness gives the task's operator
@@ -217,7 +231,37 @@ def _check_optimizer(node: DictConfig) -> dict[str, Any]:
         typed = OmegaConf.merge(OmegaConf.structured(schema), given)
     except OmegaConfBaseException as error:
         raise ConfigError(f"optimizer.{error.full_key}: {str(error).splitlines()[0]}") from error
+    if given.get("warmup") is not None:
+        _check_warmup(given["warmup"], entry)
+        if given.get("schedule") is not None or given.get("average") is not None:
+            raise ConfigError("optimizer.warmup goes with neither schedule nor average")
     return {str(k): OmegaConf.to_container(typed, resolve=True)[k] for k in given}  # type: ignore[index,call-overload]
+
+
+def _check_warmup(given: Any, main: zoo.Entry) -> None:
+    """``warmup: {zoo: adam, steps: 300, lr: 0.01}``: an optimizer of gradients alone that goes before.
+
+    Raises:
+        ConfigError: names the key, and what would be right.
+    """
+    if not isinstance(given, dict) or not {"zoo", "steps"} <= set(given):
+        raise ConfigError(f"optimizer.warmup must hold zoo and steps, as in {{zoo: adam, steps: 300}}, got {given!r}")
+    steps = given["steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ConfigError(f"optimizer.warmup.steps must be a whole number of at least 0 (none), got {steps!r}")
+    try:
+        first = zoo.describe(str(given["zoo"]))
+    except zoo.UnknownOptimizerError as error:
+        raise ConfigError(f"optimizer.warmup.zoo: {error}") from error
+    for key in given:
+        if key not in ("zoo", "steps") and first.available and key not in first.defaults:
+            raise ConfigError(f"unknown key 'optimizer.warmup.{key}': {_nearest(str(key), first.defaults)}")
+    if first.needs_closure or first.needs_curvature or first.needs_train_mode or first.needs_create_graph:
+        raise ConfigError(
+            f"optimizer.warmup.zoo must need nothing but gradients, as adam does; {first.name} needs more"
+        )
+    if main.holds_parameters_copy or main.needs_train_mode or main.products_per_step:
+        raise ConfigError(f"{main.name} takes no optimizer.warmup: it must see the weights from the first step on")
 
 
 def compose_run(task: str, optimizer: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -240,7 +284,7 @@ def compose_run(task: str, optimizer: str, overrides: Sequence[str] = ()) -> Run
         if key in ("task", "optimizer"):
             raise ConfigError(f"{override!r}: the {key} is named before the overrides, as in: run {task} {optimizer}")
         # An optimizer's file need not list every argument: they are checked against the zoo afterwards.
-        given.append(f"++{key}={value}" if key.startswith("optimizer.") else f"{key}={value}")
+        given.append(f"++{key}={value}" if key.startswith(("optimizer.", "stop_at")) else f"{key}={value}")
     tuned = OmegaConf.select(OmegaConf.load(CONFIGS / "task" / f"{task}.yaml"), f"tuned.{optimizer}") or {}
     values = [f"++optimizer.{key}={json.dumps(value)}" for key, value in tuned.items()]
     try:
@@ -265,9 +309,13 @@ def _from_dict(values: Mapping[str, Any]) -> RunConfig:
     for name, least in (("steps", 1), ("batch_size", 1), ("log_every", 1), ("checkpoint_every", 1), ("threads", 1)):
         if getattr(config, name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {getattr(config, name)}")
-    for name in ("eval_every", "measure_every", "energy_every"):
+    for name in ("eval_every", "measure_every", "energy_every", "eval_gradients"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} must not be negative, got {getattr(config, name)} (0 turns it off)")
+    for name in ("max_seconds", "max_gradients"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be above 0, or null for no limit, got {value}")
     if config.route not in (None, "loop", "batched"):
         raise ConfigError(f"route must be loop or batched, or null to measure it, got {config.route!r}")
     if config.wandb.mode not in ("auto", "offline", "online", "disabled"):
@@ -305,8 +353,9 @@ def load_run(path: str | Path) -> RunConfig:
 def config_hash(config: RunConfig) -> str:
     """Eight hexadecimal digits that stand for all that determines the numbers of a run, but for its seed."""
     values = {k: v for k, v in to_dict(config).items() if k not in (*_NOT_HASHED, "seed")}
-    if not values["stop_hopeless"]:
-        del values["stop_hopeless"]  # so that runs from before this field keep their folders
+    for name in _LATER_FIELDS:
+        if not values[name]:
+            del values[name]  # so that runs from before this field keep their folders
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,20 @@ class Account:
     Args:
         optimizer, entry: itself, and its facts.
         cost: gradients of a training batch that a product on the curvature batch costs.
+        jacobian_cost: gradients that an iteration of a method on residuals costs, its Jacobian included.
         share: examples of a training batch for one of the curvature batch. A method with products of its own each step
             (AdaHessian) takes them on the training batch: that share of the cost, and a gradient at least.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, entry: zoo.Entry, cost: float, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        entry: zoo.Entry,
+        cost: float,
+        share: float = 1.0,
+        jacobian_cost: float | None = None,
+    ) -> None:
+        self.jacobian_cost = math.nan if jacobian_cost is None else jacobian_cost
         self.share = share
         self.optimizer = optimizer
         self.entry = entry
@@ -37,23 +47,30 @@ class Account:
         """Wall-clock seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
         return self._carried[label] + self._stats().get(label, 0.0)
 
+    def equivalents(self) -> float:
+        """Gradient-equivalents so far: gradients, and every curvature cost in units of one."""
+        stats = self._stats()
+        own = self.entry.products_per_step * self.gradients
+        if "curvature_calls" in stats:  # products that were differences of a closure's gradients on the curvature batch
+            found = stats["curvature_calls"] / self.share
+        else:
+            found = stats["matvecs"] * self.cost if stats.get("matvecs") else 0.0
+        found += own * max(1.0, self.cost * self.share) if own else 0.0
+        found += stats["jacobians"] * self.jacobian_cost if stats.get("jacobians") else 0.0
+        return self.gradients + found
+
     def columns(self, watch: Stopwatch) -> dict[str, Any]:
         """Counts first, then measured seconds (columns that begin with ``seconds``)."""
         stats = self._stats()
         own = self.entry.products_per_step * self.gradients
-        products = stats.get("matvecs", 0) + own
-        if "curvature_calls" in stats:  # products that were differences of a closure's gradients on the curvature batch
-            equivalents = stats["curvature_calls"] / self.share
-        else:
-            equivalents = stats.get("matvecs", 0) * self.cost if stats.get("matvecs", 0) else 0.0
-        equivalents += own * max(1.0, self.cost * self.share) if own else 0.0
+        products = stats.get("matvecs", stats.get("products", 0)) + own
         out: dict[str, Any] = {
             "gradients": self.gradients,
             "products": int(products),
-            "gradient_equivalents": self.gradients + equivalents,
+            "gradient_equivalents": self.equivalents(),
         }
-        if stats:
-            out |= {"refreshes": int(stats["refreshes"]), "basis_age": int(stats["age"])}
+        names = {"refreshes": "refreshes", "age": "basis_age", "kept": "kept", "iterations": "iterations"}
+        out |= {names[k]: int(stats[k]) for k in names if k in stats}
         total, wall = watch.get("train"), watch.wall("train")
         # The optimizer times its parts by the wall clock: their shares of it divide the seconds of the run's clock.
         scale = total / wall if wall > 0 else 0.0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.config import (
-    CONFIGS,
     ConfigError,
     RunConfig,
-    _check_choice,
-    _nearest,
     available,
     compose_run,
     run_directory,
@@ -37,77 +34,16 @@ from benchmarks.files import atomic_write_json, remove_leftovers
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.checkpoint import BusyError, RunFolder
 from benchmarks.protocol.repeat import in_words, verdict
-from benchmarks.protocol.search import Trial, Tuned, as_overrides, judge, search, space_of, tuning_runs
+from benchmarks.protocol.search import Trial, Tuned, along, as_overrides, judge, search, space_of, tuning_runs
+from benchmarks.protocol.suite_config import TUNING_SEED, SuiteConfig, changes_of, load_comparison
 from benchmarks.protocol.train import execute
 from benchmarks.sinks.jsonl import decode, encode
+from curvopt import zoo
 
 VERSION = 2
 _WARM_UP = 5  # steps before a re-timed run
-_TUNING_SEED = 1000  # of the first tuning run; seeds 0, 1, 2 ... are for the results
 
-
-@dataclass
-class SuiteConfig:
-    """A file in ``configs/suite``.
-
-    Attributes:
-        title: of the report.
-        tasks, optimizers: files in ``configs/task`` and ``configs/optimizer``.
-        baselines: of the optimizers, those that a claim is made against.
-        trials: of each optimizer's search, the same number for all.
-        tuning_seeds: runs a trial; their seeds are never those of the results.
-        seeds: runs of the best setting, at least 6 for a test that can reach .05.
-        retime: of those runs, as many seeds are done once more with nothing of the suite beside them, for their seconds;
-            0 for none.
-        scaled: optimizer -> factors: controls that take its tuned setting with the learning rate simply scaled.
-        ablate: optimizer -> key -> values: its tuned setting with this one thing changed, an argument of the optimizer, or
-            of the task (``task.curvature_examples``).
-        overrides: ``key=value`` for every run; by_task: task -> ``key=value`` for its runs.
-    """
-
-    title: str = "comparison"
-    tasks: list[str] = field(default_factory=list)
-    optimizers: list[str] = field(default_factory=list)
-    baselines: list[str] = field(default_factory=lambda: ["sgd_momentum", "adamw"])
-    trials: int = 12
-    tuning_seeds: int = 1
-    seeds: int = 6
-    retime: int = 1
-    scaled: dict[str, list[float]] = field(default_factory=dict)
-    ablate: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    by_task: dict[str, list[str]] = field(default_factory=dict)
-
-
-def load_comparison(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Read ``configs/suite/NAME.yaml``; ``overrides``: ``trials=4``, ``tasks=[digits_mlp]``.
-
-    Raises:
-        ConfigError: an unknown suite, key, task or optimizer (the nearest one is named), or an impossible budget.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    _check_choice("suite", name)
-    known = [f.name for f in fields(SuiteConfig)]
-    given = OmegaConf.load(CONFIGS / "suite" / f"{name}.yaml")
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals:
-            raise ConfigError(f"expected KEY=VALUE, got {text!r} (for one: trials=6)")
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} of a suite: {_nearest(key, known)}")
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"configs/suite/{name}.yaml: unknown key {key!r}: {_nearest(str(key), known)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), given, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"suite {name}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, SuiteConfig)
-    _check(config, name)
-    return config
+__all__ = ["Comparison", "SuiteConfig", "Unit", "load_comparison", "load_folder", "suite_names", "units"]
 
 
 def load_folder(out: Path) -> tuple[SuiteConfig, str]:
@@ -123,44 +59,6 @@ def load_folder(out: Path) -> tuple[SuiteConfig, str]:
     return SuiteConfig(**values), str(command)
 
 
-def _check(config: SuiteConfig, name: str) -> None:
-    if not config.tasks or not config.optimizers:
-        raise ConfigError(f"suite {name}: tasks and optimizers must not be empty")
-    for task in (*config.tasks, *config.by_task):
-        _check_choice("task", task)
-    for optimizer in (*config.optimizers, *config.scaled):
-        _check_choice("optimizer", optimizer)
-    for key, least in (("trials", 3), ("tuning_seeds", 1), ("seeds", 1), ("retime", 0)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"suite {name}: {key} must be at least {least}, got {getattr(config, key)}")
-    if config.seeds > _TUNING_SEED:
-        raise ConfigError(f"suite {name}: seeds must be at most {_TUNING_SEED}, where those of the tuning begin")
-    if config.retime > config.seeds:
-        raise ConfigError(f"suite {name}: retime must be at most seeds, {config.seeds}, got {config.retime}")
-    for optimizer in (*config.scaled, *config.baselines, *config.ablate):
-        if optimizer not in config.optimizers:
-            raise ConfigError(
-                f"suite {name}: {optimizer} is a baseline, scaled or ablated, but not among its optimizers"
-            )
-    # Every mistake in a key comes before the first run; keys of tasks and of optimizers don't depend on each other.
-    for task in config.tasks:
-        compose_run(task, config.optimizers[0], [*config.overrides, *config.by_task.get(task, [])])
-    for optimizer in config.optimizers:
-        space_of(config.tasks[0], optimizer, config.overrides)
-    for optimizer, changes in config.ablate.items():
-        for change in _changes(changes):
-            compose_run(config.tasks[0], optimizer, [*config.overrides, change])
-
-
-def _changes(values: Mapping[str, Sequence[Any]]) -> list[str]:
-    """``optimizer.rank=3``, ``task.curvature_examples=100``: overrides that each change one thing."""
-    return [
-        f"{key if key.startswith('task.') else f'optimizer.{key}'}={json.dumps(value)}"
-        for key, listed in values.items()
-        for value in listed
-    ]
-
-
 @dataclass(frozen=True)
 class Unit:
     """An optimizer on a task: its tuning, then the runs of its best setting (also with its rate scaled, or one change)."""
@@ -174,7 +72,7 @@ class Unit:
 def units(config: SuiteConfig) -> list[Unit]:
     """All of them; those of the first task first."""
     return [
-        Unit(t, o, tuple(config.scaled.get(o, ())), tuple(_changes(config.ablate.get(o, {}))))
+        Unit(t, o, tuple(config.scaled.get(o, ())), tuple(changes_of(config.ablate.get(o, {}))))
         for t in config.tasks
         for o in config.optimizers
     ]
@@ -215,9 +113,9 @@ class Comparison:
     def measure(self, progress: RunProgress) -> None:
         """Time a curvature product on each task, once for the whole suite: one number for all optimizers."""
         from benchmarks import tasks
-        from benchmarks.protocol.measure import measure_costs
+        from benchmarks.protocol.measure import measure_costs, measure_jacobian
 
-        changes = [c for values in self.config.ablate.values() for c in _changes(values) if c.startswith("task.")]
+        changes = [c for values in self.config.ablate.values() for c in changes_of(values) if c.startswith("task.")]
         for name, change in product(self.config.tasks, dict.fromkeys(["", *changes])):
             costs = self._costs(name, change)
             if costs.exists():
@@ -233,19 +131,48 @@ class Comparison:
             torch.set_num_threads(run.threads)  # as in the runs
             try:
                 found = measure_costs(task, task.model(0), run.batch_size, route=run.route)
+                measured: dict[str, Any] = {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route}
+                for entry in self._on_residuals(name):
+                    cost = measure_jacobian(task, task.model(0), run.batch_size, entry)
+                    measured["jacobian_cost"] = float(f"{cost:.3g}")
             finally:
                 torch.set_num_threads(threads)
-            atomic_write_json(costs, {"product_cost": float(f"{found.product_cost:.3g}"), "route": found.route})
+            atomic_write_json(costs, measured)
             progress.finish_run()
+
+    def _on_residuals(self, task: str) -> list[str]:
+        """Zoo entries of the suite that take residuals; the first of them, whose Jacobians are all alike."""
+        entries = [compose_run(task, o, self.overrides(task)).optimizer["zoo"] for o in self.config.optimizers]
+        return [e for e in entries if zoo.describe(e).needs_residuals][:1]
+
+    # ---- targets
+    def targets(self, task: str) -> dict[str, list[float]]:
+        """Column -> the values that a run on a task is to come down to, largest first."""
+        found = self.config.targets_by_task.get(task, self.config.targets)
+        return {column: sorted(values, reverse=True) for column, values in found.items()}
+
+    def first(self, task: str) -> RunConfig:
+        """What the runs on a task have in common, as the configuration of the first optimizer's."""
+        return compose_run(task, self.config.optimizers[0], self.overrides(task))
+
+    def _stop(self, task: str, columns: Sequence[str] | None = None) -> list[str]:
+        return [
+            f"stop_at.{column}={min(values)!r}"
+            for column, values in self.targets(task).items()
+            if columns is None or column in columns
+        ]
 
     # ---- one optimizer on one task
     def tune(self, unit: Unit, progress: RunProgress) -> Tuned:
         """The search, or what an earlier call found with the same settings of the suite."""
-        common = self.overrides(unit.task)
-        seeds = range(_TUNING_SEED, _TUNING_SEED + self.config.tuning_seeds)
-        space = space_of(unit.task, unit.optimizer, common)
+        common = [*self.overrides(unit.task), *self._stop(unit.task, ["train_loss"])]
+        seeds = range(TUNING_SEED, TUNING_SEED + self.config.tuning_seeds)
+        grid = self.config.grid.get(unit.optimizer)
+        space = {} if grid is not None else space_of(unit.task, unit.optimizer, common)
         told = [text for text in common if not text.startswith("out=")]  # the folder may be named in another way
         spec = [VERSION, self.config.trials, list(seeds), told, {k: repr(v) for k, v in space.items()}]
+        spec += [] if grid is None else [grid]
+        goal = min(self.targets(unit.task).get("train_loss", []), default=None)
         stamp = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         path = self.out / "tuning" / unit.task / f"{unit.optimizer}.json"
         if path.exists():
@@ -255,12 +182,12 @@ class Comparison:
 
         def score(settings: dict[str, Any]) -> tuple[float, float, float]:
             runs = tuning_runs(unit.task, unit.optimizer, settings, common, seeds)
-            value = judge([self.run(run, progress) for run in runs])
+            value = judge([self.run(run, progress) for run in runs], goal)
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
             self.say(f"{unit.task}, {unit.optimizer}: {shown}: train loss {value[0]:.4g}")
             return value
 
-        tuned = search(space, score, self.config.trials)
+        tuned = search(space, score, self.config.trials) if grid is None else along(grid, score)
         trials = [asdict(t) for t in tuned.trials]
         remove_leftovers(path)
         atomic_write_json(path, encode({"stamp": stamp, "key": tuned.key, "trials": trials}))
@@ -269,7 +196,8 @@ class Comparison:
     def finals(self, unit: Unit, tuned: Tuned) -> list[RunConfig]:
         """The runs of the best setting, then with its learning rate scaled, then with one thing changed."""
         best = as_overrides(tuned.best.settings)
-        first = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task), *best])
+        stop = self._stop(unit.task)
+        first = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task), *stop, *best])
         runs = [replace(first, seed=s) for s in range(self.config.seeds)]
         for scale in unit.scales:
             label = f"{runs[0].optimizer['label']}, lr x {scale:g}"
@@ -278,7 +206,7 @@ class Comparison:
                 replace(r, optimizer={**r.optimizer, "lr": rate, "label": label}) for r in runs[: self.config.seeds]
             ]
         for change in unit.changes:
-            run = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task, change), *best, change])
+            run = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task, change), *stop, *best, change])
             label = f"{first.optimizer['label']}, {_words(change)}"
             run = replace(run, optimizer={**run.optimizer, "label": label})
             runs += [replace(run, seed=s) for s in range(self.config.seeds)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,3 +144,28 @@ def _best_seconds(work: Callable[[], None], device: torch.device, repeats: int) 
         work()
         best = min(best, now(device) - start)
     return best
+
+
+def measure_jacobian(task: Task, model: nn.Module, batch_size: int, name: str, repeats: int = 2) -> float:
+    """Gradients of a training batch that an iteration of a method on residuals takes: Jacobian, solve and trials.
+
+    Args:
+        task, model: what is trained; the model is left as it is.
+        batch_size: of the run.
+        name: of the method in the zoo.
+        repeats: iterations, of which the fastest counts; the first one warms up.
+    """
+    from curvopt import zoo
+
+    twin = copy.deepcopy(model)
+    params = [p for p in twin.parameters() if p.requires_grad]
+    batch = task.batch(torch.arange(batch_size, device=task.device))
+    optimizer = zoo.create(name, params, max_iter=1)
+
+    def iteration() -> None:
+        optimizer.step(lambda: task.residuals(twin, batch))  # type: ignore[arg-type,return-value]
+
+    def gradient() -> None:
+        torch.autograd.grad(task.loss(twin, batch), params, allow_unused=True)
+
+    return _best_seconds(iteration, task.device, repeats) / _best_seconds(gradient, task.device, 10)

@@ -138,6 +138,20 @@ def search(
     return found
 
 
+def along(grid: Sequence[Mapping[str, Any]], score: Callable[[dict[str, Any]], tuple[float, float, float]]) -> Tuned:
+    """Try the settings of a grid, all with the same keys, in their order.
+
+    Args:
+        grid: at least one setting; its first key is the one that the bracketing is told of.
+        score: see ``search``.
+    """
+    found = Tuned(next(iter(grid[0])))
+    for settings in grid:
+        value, gradients, seconds = score(dict(settings))
+        found.trials.append(Trial(dict(settings), value, "grid", gradients, seconds))
+    return found
+
+
 def _suggest(trial: Any, key: str, how: Range | Choice) -> Any:
     if isinstance(how, Choice):
         return trial.suggest_categorical(key, how.values)
@@ -185,11 +199,19 @@ def tuning_runs(
     return [replace(first, seed=seed) for seed in seeds]
 
 
-def judge(records: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Score, gradient-equivalents and seconds of a trial, from the results of its runs."""
+def judge(records: Sequence[Mapping[str, Any]], goal: float | None = None) -> tuple[float, float, float]:
+    """Score, gradient-equivalents and seconds of a trial, from the results of its runs.
+
+    Args:
+        records: results.
+        goal: train loss at which a run ends; those that reached it score below it, by their seconds t: goal t / (1 + t).
+    """
     losses = []
     for record in records:
         loss = float(record.get("train_loss", math.inf))
+        if goal is not None and record.get("ended") == "stop_at":
+            seconds = float(record["seconds"])
+            loss = goal * seconds / (1.0 + seconds)
         losses.append(loss if record["status"] == "done" and math.isfinite(loss) else math.inf)
     cost = sum(float(r.get("gradient_equivalents", 0.0)) for r in records)
     return median(losses), cost, sum(float(r.get("seconds", 0.0)) for r in records)

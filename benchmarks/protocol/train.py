@@ -7,24 +7,26 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import tasks
-from benchmarks.config import OWN_KEYS, ConfigError, RunConfig, run_directory
+from benchmarks.config import ConfigError, RunConfig, run_directory
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.account import Account
+from benchmarks.protocol.budget import Budget
+from benchmarks.protocol.build import announce_refreshes, build_optimizer, known_cost, meters, with_costs
 from benchmarks.protocol.checkpoint import VERSION, RunFolder
 from benchmarks.protocol.clock import Stopwatch, clock_of
-from benchmarks.protocol.controls import RandomSubspace
 from benchmarks.protocol.environment import environment
 from benchmarks.protocol.log import RunLog
-from benchmarks.protocol.measure import CurvatureMeter, measure_costs
+from benchmarks.protocol.measure import CurvatureMeter
 from benchmarks.protocol.order import DataOrder
 from benchmarks.protocol.schedule import build_average, build_schedule
+from benchmarks.protocol.warmup import WarmUp
 from curvopt import zoo
 from curvopt._errors import CurvoptWarning, NonFiniteError
 
@@ -77,75 +79,33 @@ class Run:
         self.order = DataOrder(self.task.examples, config.batch_size, 1000 * config.seed + _ORDER_SEED)
         torch.manual_seed(1000 * config.seed + _NOISE_SEED)
         self.entry = zoo.describe(config.optimizer["zoo"])
-        cost, self.route = self._costs()
-        if math.isfinite(cost):  # what the clock decided goes into the record, so that the run can be repeated
-            self.config = replace(config, product_cost=cost, route=self.route)
-            folder.pin(self.config)
-        self.optimizer = self._build_optimizer()
+        with progress.phase("timing a product"):
+            self.config = config = with_costs(config, self.entry, self.task, self.model, folder)
+        self.route = config.route
+        first = config.optimizer.get("warmup")
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.warm_up = WarmUp(first, params) if first is not None and first["steps"] else None
+        self.optimizer = build_optimizer(config, self.entry, self.task, self.model)
         schedule = config.optimizer.get("schedule")
         self.schedule = build_schedule(schedule, self.optimizer, config.steps, self.entry.schedulable)
         self.average = build_average(config.optimizer.get("average"), self.model)
-        self._announce_refreshes()
-        self.account = Account(
-            self.optimizer, self.entry, cost, config.batch_size / len(self.task.curvature_batch()[0])
+        announce_refreshes(self.optimizer, progress)
+        share = config.batch_size / len(self.task.curvature_batch()[0])
+        self.account = Account(self.optimizer, self.entry, known_cost(config, self.entry), share, config.jacobian_cost)
+        self.budget = Budget(config)
+        self.ended = ""  # why, once it has
+        self.meter = (
+            CurvatureMeter(self.task, self.model, self.task.config.rank, self.route) if meters(config) else None
         )
-        self.meter = CurvatureMeter(self.task, self.model, self.task.config.rank, self.route) if self._meters else None
         self.watch = Stopwatch(self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.loss_count = 0
         self.first_loss: float | None = None
 
     @property
-    def _meters(self) -> bool:
-        return self.config.measure_every > 0 or self.config.energy_every > 0
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        given = {k: v for k, v in self.config.optimizer.items() if k not in ("file", *OWN_KEYS)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        if self.entry.needs_curvature and given.get("rank") != 0 and given.get("source") != "history":
-            given["curvature"] = self.task.curvature(self.model, self.route)
-            if self.config.optimizer.get("control") == "random":
-                given["curvature"] = RandomSubspace(given["curvature"], int(given["rank"]), self.config.seed)
-        defaults = self.entry.defaults
-        if not self.entry.needs_curvature and "curvature_closure" in defaults and given.get("rank", defaults["rank"]):
-            given["curvature_closure"] = self._curvature_closure
-        return zoo.create(self.config.optimizer["zoo"], params, **given)
-
-    def _curvature_closure(self) -> Tensor:
-        """Loss and gradient on the curvature batch; the optimizer's own count of these calls enters the account."""
-        self.model.zero_grad()
-        loss = self.task.loss(self.model, self.task.curvature_batch())
-        loss.backward()
-        return loss
-
-    def _announce_refreshes(self) -> None:
-        """Let the bar say when the optimizer refreshes its basis."""
-        subspace = getattr(self.optimizer, "subspace", None)
-        if subspace is None:
-            return
-        refresh = subspace.refresh
-
-        def announced(*args: Any, **kwargs: Any) -> Any:
-            with self.progress.phase("refreshing the basis"):
-                return refresh(*args, **kwargs)
-
-        subspace.refresh = announced
-
-    def _costs(self) -> tuple[float, str | None]:
-        """Cost of a product and route of a block: pinned by the config, else measured once and kept in the folder."""
-        config = self.config
-        if not (self.entry.needs_curvature or self.entry.products_per_step or self._meters):
-            return math.nan, config.route
-        cost, route = config.product_cost, config.route
-        if cost is None or route is None:
-            with self.progress.phase("timing a product"):
-                found = self.folder.once(
-                    lambda: asdict(measure_costs(self.task, self.model, config.batch_size, route=config.route))
-                )
-            cost = float(found["product_cost"]) if cost is None else cost
-            route = str(found["route"]) if route is None else route
-        return cost, route
+    def _at_work(self) -> torch.optim.Optimizer:
+        first = None if self.warm_up is None else self.warm_up.at(self.step)
+        return self.optimizer if first is None else first
 
     # ---- state
     def state_dict(self) -> dict[str, Any]:
@@ -163,17 +123,29 @@ class Run:
             "meter": None if self.meter is None else self.meter.state_dict(),
             "watch": self.watch.state_dict(),
             "loss": (self.loss_sum, self.loss_count, self.first_loss),
+            "warm_up": None if self.warm_up is None else self.warm_up.state_dict(),
+            "looked_at": self.budget.looked_at,
         }
+
+    def final_state(self) -> dict[str, Any]:
+        """What is kept of a run that has ended: its weights, not the optimizer's state, which may be P times as large."""
+        left_out = ("optimizer", "warm_up")
+        return {**{k: v for k, v in self.state_dict().items() if k not in left_out}, "ended": self.ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the run that saved this."""
         self.step = int(state["step"])
+        self.ended = str(state.get("ended", ""))
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
+        if not self.ended:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.warm_up is not None:
+                self.warm_up.load_state_dict(state["warm_up"])
+            if self.schedule is not None:
+                self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.budget.looked_at = float(state["looked_at"])
         self.order.load_state_dict(state["order"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
@@ -187,17 +159,23 @@ class Run:
 
     # ---- the loop
     def train(self, log: RunLog) -> None:
-        """Go on to the last step; one record a step at which something is due.
+        """Go on to the end; one record a step at which something is due.
 
         Raises:
             _Diverged: the loss is not finite any more, or hopeless.
         """
         config = self.config
         start = self.step
-        while self.step < config.steps:
+        while not self.ended:
+            if self.step >= config.steps:
+                self.ended = "steps"
+                return
             if self.step % config.checkpoint_every == 0 and self.step > start:
                 self._save(log)
             record = self._look()
+            if self.budget.reached(record):
+                self.ended = "stop_at"
+                return
             index = self.order.next().to(self.device)
             measuring = "lambda/1" in record
             batch = self.task.batch(index)
@@ -214,6 +192,10 @@ class Run:
                     self.step, f"training, loss {record.get('batch_loss', record.get('train_loss', math.nan)):.3g}"
                 )
             self.step += 1
+            self.ended = self.budget.spent(self.watch.get("train"), self._gradients_spent())
+
+    def _gradients_spent(self) -> float:
+        return self.account.equivalents() if self.budget.counts else 0.0
 
     def last_look(self, log: RunLog) -> dict[str, Any]:
         """The record at the end of the run: evaluated whatever is due."""
@@ -230,7 +212,8 @@ class Run:
         record: dict[str, Any] = {}
         if self.loss_count and (last or self.step % config.log_every == 0):
             record["batch_loss"] = self._take_loss()
-        if self._due(config.eval_every, last):
+        if self._due(config.eval_every, last) or self.budget.due(self._gradients_spent()):
+            self.budget.looked_at = self._gradients_spent()
             with self.progress.phase("evaluating"), self._evaluating():
                 record |= self.task.evaluate(self.model if self.average is None else self.average.module)
         if self.meter is not None:
@@ -271,8 +254,7 @@ class Run:
         return gradient
 
     def _rate(self) -> dict[str, float]:
-        given = self.optimizer.param_groups[0].get("lr")
-        lr = math.nan if given is None else float(given)
+        lr = float(self._at_work.param_groups[0].get("lr") or math.nan)
         return {"lr": lr, "edge": 2.0 / lr if lr > 0 else math.inf}
 
     def _evaluating(self) -> ExitStack:
@@ -293,18 +275,25 @@ class Run:
         return stack
 
     def _step(self, batch: Any) -> None:
+        optimizer = self._at_work
+        warming = optimizer is not self.optimizer
+
         def closure() -> Tensor:
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss = self.task.loss(self.model, batch)
             loss.backward(create_graph=self.entry.needs_create_graph)
             self.account.gradients += 1
             return loss
 
-        if self.entry.needs_closure:
-            loss = self.optimizer.step(closure)
+        def residuals() -> list[Tensor]:
+            self.account.gradients += 1  # the forward pass alone: counted as a whole one, above its cost
+            return self.task.residuals(self.model, batch)
+
+        if self.entry.needs_closure and not warming:
+            loss = optimizer.step(residuals if self.entry.needs_residuals else closure)  # type: ignore[arg-type]
         else:
             loss = closure()
-            self.optimizer.step()
+            optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
         if self.average is not None:
@@ -403,7 +392,7 @@ def _execute(
             run.train(log)
             last = run.last_look(log)
             log.sync()
-            folder.save(run.state_dict())  # the final weights
+            folder.save(run.final_state())
         except (_Diverged, NonFiniteError) as error:
             status, reason = "diverged", str(error)
             last = run.account.columns(run.watch)
@@ -411,6 +400,7 @@ def _execute(
             "status": status,
             "reason": reason,
             "step": run.step,
+            "ended": run.ended or status,
             "product_cost": run.account.cost,
             "route": run.route,
             "clock": clock_of(run.device),

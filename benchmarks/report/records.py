@@ -67,9 +67,9 @@ class RunRecord:
         column = self.column(name)
         return float(column.iloc[-1]) if len(column) else math.nan
 
-    def to_target(self, target: float, axis: str) -> float:
-        """Where ``axis`` stood at the first evaluation with a train loss of at most ``target``; infinite for a miss."""
-        reached = self.frame[self.frame["train_loss"] <= target] if "train_loss" in self.frame else self.frame.iloc[:0]
+    def to_target(self, target: float, axis: str, column: str = "train_loss") -> float:
+        """Where ``axis`` stood at the first evaluation with ``column`` at most ``target``; infinite for a miss."""
+        reached = self.frame[self.frame[column] <= target] if column in self.frame else self.frame.iloc[:0]
         if not len(reached):
             return math.inf
         return float(reached.index[0] if axis == "step" else reached[axis].iloc[0])

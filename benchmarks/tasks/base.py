@@ -69,6 +69,14 @@ class Task(ABC):
         inputs, targets = batch
         return self.loss_fn(model(inputs), targets)
 
+    def residuals(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """Blocks of residuals, with their graphs, whose mean square over all of them is the loss; for Levenberg-Marquardt.
+
+        Raises:
+            ConfigError: the loss of this task is no mean of squares.
+        """
+        raise ConfigError(f"{self.config.task} gives no residuals, which Levenberg-Marquardt and its like need")
+
     def curvature_batch(self) -> Batch:
         """The fixed batch that curvature is taken on: the first ``curvature_examples`` training examples."""
         inputs, targets = self.train

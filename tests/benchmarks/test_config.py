@@ -76,7 +76,7 @@ def test_unknown_files_list_what_there_is():
         ConfigError, match="unknown task 'digit_mlp': did you mean 'digits_mlp'. available: cifar10_5k_cnn, "
     ):
         compose_run("digit_mlp", "sgd")
-    with pytest.raises(ConfigError, match="unknown optimizer 'sdg': did you mean 'sgd'. available: adamw, .*bulk_sgd"):
+    with pytest.raises(ConfigError, match="unknown optimizer 'sdg': did you mean 'sgd'. available: adam, .*bulk_sgd"):
         compose_run("digits_mlp", "sdg")
 
 

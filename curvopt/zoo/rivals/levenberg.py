@@ -13,11 +13,19 @@ from curvopt.zoo.rivals.base import Closure, Rival, refuse_large
 
 _ROUNDING = 32.0
 _MOST_FAILURES = 10
+_GRAM_BLOCK = 256
 
 
 def gram_matrix(jacobian: Tensor) -> Tensor:
-    """The smaller of ``J J^T`` and ``J^T J``."""
-    return jacobian @ jacobian.T if len(jacobian) < jacobian.shape[1] else jacobian.T @ jacobian
+    """The smaller of ``J J^T`` and ``J^T J``; of its blocks above the diagonal only one side is multiplied out."""
+    rows = jacobian if len(jacobian) < jacobian.shape[1] else jacobian.T
+    out = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _GRAM_BLOCK):
+        end = start + _GRAM_BLOCK
+        strip = rows[start:] @ rows[start:end].T
+        out[start:, start:end] = strip
+        out[start:end, end:] = strip[_GRAM_BLOCK:].T
+    return out
 
 
 def damped_step(gram: Tensor, jacobian: Tensor, residuals: Tensor, damping: float) -> Tensor | None:
@@ -97,16 +105,18 @@ class LevenbergMarquardt(Rival):
         self._batched = True
         self._mu = 0.0  # none yet
         self._growth = 2.0
+        self._jacobians = 0
 
     def _keep(self) -> dict[str, Any]:
-        return {"mu": self._mu, "growth": self._growth}
+        return {"mu": self._mu, "growth": self._growth, "jacobians": self._jacobians}
 
     def _take(self, saved: dict[str, Any]) -> None:
         self._mu, self._growth = float(saved["mu"]), float(saved["growth"])
+        self._jacobians = int(saved.get("jacobians", 0))
 
     def stats(self) -> dict[str, Any]:
-        """As the other rivals'; ``damping`` is mu now, ``batched`` whether rows of J are taken many at a time."""
-        return {**super().stats(), "damping": self._mu, "batched": self._batched}
+        """As the other rivals'; ``damping`` is mu now, ``jacobians`` those taken, ``batched`` whether many rows at a time."""
+        return {**super().stats(), "damping": self._mu, "jacobians": self._jacobians, "batched": self._batched}
 
     # ---- evaluation
     def _call(self, closure: Closure) -> list[Tensor]:
@@ -142,6 +152,7 @@ class LevenbergMarquardt(Rival):
         """J (N, P), rows in the order of the residuals."""
         layout, rows = self._layout, sum(map(len, blocks))
         refuse_large(rows, "the residuals", type(self).__name__)
+        self._jacobians += 1
         out = torch.zeros(rows, layout.total, dtype=layout.dtype, device=layout.device)
         done = 0
         for block in blocks:
