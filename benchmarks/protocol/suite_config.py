@@ -130,8 +130,7 @@ def _check_grid(config: SuiteConfig, optimizer: str, name: str) -> None:
         )
     if not grid[0] or any(set(settings) != set(grid[0]) for settings in grid):
         raise ConfigError(f"suite {name}: all settings in the grid of {optimizer} must have the same keys, got {grid}")
-    for settings in grid:
-        compose_run(config.tasks[0], optimizer, [*config.overrides, *as_overrides(settings)])
+    compose_run(config.tasks[0], optimizer, [*config.overrides, *as_overrides(grid[0])])
 
 
 def changes_of(values: Mapping[str, Sequence[Any]]) -> list[str]:
