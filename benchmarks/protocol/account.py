@@ -51,7 +51,9 @@ class Account:
         """Gradient-equivalents so far: gradients, and every curvature cost in units of one."""
         stats = self._stats()
         own = self.entry.products_per_step * self.gradients
-        if "curvature_calls" in stats:  # products that were differences of a closure's gradients on the curvature batch
+        if stats.get(
+            "curvature_calls"
+        ):  # products that were differences of a closure's gradients on the curvature batch
             found = stats["curvature_calls"] / self.share
         else:
             found = stats["matvecs"] * self.cost if stats.get("matvecs") else 0.0

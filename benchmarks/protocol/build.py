@@ -24,7 +24,8 @@ def meters(config: RunConfig) -> bool:
 
 
 def _takes_products(config: RunConfig, entry: zoo.Entry) -> bool:
-    return bool(entry.needs_curvature or entry.products_per_step or meters(config))
+    exact = config.optimizer.get("control") == "exact"
+    return bool(entry.needs_curvature or exact or entry.products_per_step or meters(config))
 
 
 def known_cost(config: RunConfig, entry: zoo.Entry) -> float:
@@ -67,7 +68,11 @@ def build_optimizer(config: RunConfig, entry: zoo.Entry, task: Task, model: nn.M
         if config.optimizer.get("control") == "random":
             given["curvature"] = RandomSubspace(given["curvature"], int(given["rank"]), config.seed)
     defaults = entry.defaults
-    if not entry.needs_curvature and "curvature_closure" in defaults and given.get("rank", defaults["rank"]):
+    if entry.needs_curvature or "curvature_closure" not in defaults or not given.get("rank", defaults["rank"]):
+        return zoo.create(config.optimizer["zoo"], params, **given)
+    if config.optimizer.get("control") == "exact":  # products by double backward in the place of differences
+        given["curvature"] = task.curvature(model, config.route)
+    else:
         batch = task.curvature_batch()
 
         def curvature_closure() -> Tensor:

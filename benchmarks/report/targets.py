@@ -223,14 +223,20 @@ def _facts(config: SuiteConfig, out: Path, seeds: int) -> list[str]:
         f"all, by the seconds to the lowest train loss of the targets or else by the train loss at the end, then run on "
         f"{seeds} seeds that the tuning had not seen, each with the same initial weights for all. A run ends at its targets "
         f"or after {limit} (the task's own limit where its table says so).",
-        f"Ratios are of {kind}, refreshes, Jacobians and solves included, evaluation not. A ratio is the median over seeds of "
-        "the best rival's seconds over ours, with a 95 % bootstrap interval over seeds; above 1 ours was sooner. A miss "
-        "counts as infinite, so a ratio can be inf or 0; a seed that both missed counts as 1. The best rival is the one with "
-        "the lowest median on these very seeds, at each target anew: the harder test for ours. Verdicts are by an exact "
-        "paired signed-rank test over seeds, not corrected for their number.",
+        f"Times are {kind}, refreshes, Jacobians and solves included, evaluation not; medians over seeds with 95 % bootstrap "
+        "intervals, a miss counts as infinite, and beside them how many seeds got there.",
+        *([_RATIOS] if config.ours else []),
         *(f"Measured on {cpu}, torch {version}, commit {commit}." for cpu, version, commit in places),
         f"Dates: {dates[0]} to {dates[-1]}.",
     ]
+
+
+_RATIOS = (
+    "A ratio is the median over seeds of the best rival's seconds over ours, with a 95 % bootstrap interval over seeds; "
+    "above 1 ours was sooner. A miss counts as infinite, so a ratio can be inf or 0; a seed that both missed counts as 1. "
+    "The best rival is the one with the lowest median on these very seeds, at each target anew: the harder test for ours. "
+    "Verdicts are by an exact paired signed-rank test over seeds, not corrected for their number."
+)
 
 
 def write_targets(config: SuiteConfig, out: Path, command: str, page: Path | None = None) -> Path:

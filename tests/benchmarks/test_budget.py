@@ -282,3 +282,10 @@ def test_resampled_points_are_new_each_step_and_the_same_for_all(tmp_path, monke
     whole = execute(compose_run("pinn_convection", "subspace_lbfgs", [*given, f"out={tmp_path / 'whole'}"]))
     _interrupted(config, monkeypatch, 50)
     _same(whole, execute(config))
+
+
+def test_exact_products_in_the_place_of_differences(tmp_path):
+    extra = ["steps=3", "optimizer.rank=3", "optimizer.control=exact", "product_cost=5.0", "route=loop"]
+    record = execute(_config("subspace_lbfgs", tmp_path, *extra)).record
+    assert record["refreshes"] >= 1 and record["products"] >= 9
+    assert record["gradient_equivalents"] == record["gradients"] + 5.0 * record["products"]

@@ -174,13 +174,14 @@ SUITE = [
 
 
 def test_the_committed_suites_can_be_run():
-    for name in ("physics", "physics_small"):
+    for name in ("physics", "physics_small", "physics_ablation"):
         config = load_comparison(name)
         assert {len(grid) for grid in config.grid.values()} == {config.trials} and set(config.grid) == set(
             config.optimizers
         )
-        assert len(units(config)) == len(config.tasks) * len(config.optimizers) and config.seeds >= 6
+        assert len(units(config)) == len(config.tasks) * len(config.optimizers)
         assert set(config.ours) < set(config.optimizers) and not config.retime
+        assert config.seeds >= 6 or not config.ours  # what is claimed of ours takes six
 
 
 def test_a_suite_with_targets_from_end_to_end(tmp_path, capsys):
