@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from curvopt.linalg.result import EigenResult
 
 _WHICH = ("LA", "SA", "LM")
 _LEAST_ROOM = 6
+_SPAN = (
+    50.0  # share of a span that may be missing where tol is relaxed, in units of tol squared: half a percent at 1e-2
+)
 _WARM_NOISE = 0.2  # share of a random direction in a warm start: measured to cost no product, and it cures blindness
 
 
@@ -56,17 +60,21 @@ def eigsh(
         which: ``"LA"`` largest algebraic, ``"SA"`` smallest algebraic, ``"LM"`` largest magnitude.
         tol: a pair has converged when ``||A v - lambda v|| <= tol * max |theta|``, the largest Ritz value in
             magnitude; held at 50 eps from below.
-        v0: a start, (P,) or a block (P, m) such as the eigenvectors at earlier weights. The chain starts from an
-            equal mix of its columns with random signs and a fifth of a random direction: no dearer than block methods
-            here, and not blind to what the block misses. Rank-deficient blocks are fine.
+        v0: a start, (P,) or a block (P, m) such as the eigenvectors at earlier weights. Several
+            chains start, sqrt(m) of them, each from an equal mix of columns that lie far apart, with random signs, and
+            the last with a fifth of a random direction, against blindness to what the block misses; after that every
+            product goes along the combination of their ends that turns the wanted pairs most. A single chain from all
+            columns can't tell close values apart, a chain from each spends products on columns that stand. Where
+            ``max_matvecs`` is below 2k every column starts one. Rank-deficient blocks are fine.
         max_matvecs: hard cap on products, the guard's included; ``20 k + 100`` by default, at least P + k for small P.
         guard: products for a look, ``"full"``, or 0 for none.
         extra: further Ritz pairs to return, as estimates; fewer come back if the basis holds no more.
         seed: of every random direction; the same seed on the same device gives the same bits.
         max_basis: vectors in the basis before a restart, at least ``k + extra + 9``; by default
             ``2 (k + extra) + 20``, or fewer where ``max_matvecs`` or P allow no more.
-        relax: ``(products, tol)``: the tolerance from that many products on, for a caller who wants the first one cheap
-            or the second one at least.
+        relax: ``(products, tol)`` for a caller who wants ``tol`` of the span, and better of the pairs while it is cheap:
+            the tolerance from that many products on. Then an estimated share of at most 50 tol² of the span missing
+            is enough as well: of values that lie close together each pair's vector stays uncertain for long.
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
@@ -88,7 +96,8 @@ def eigsh(
         max_matvecs = max(20 * k + 100, min(size, 1000) + k)
     if max_basis is None:
         # rows and products grow together: a cap on products is one on rows
-        max_basis = max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2))
+        given = 0 if start is None else len(start)  # a block start leaves as many rows open
+        max_basis = max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2 + given))
     floor = 50 * torch.finfo(op.dtype).eps
     later = (max_matvecs, tol) if relax is None else relax
     plan = _Plan(k, which, max(tol, floor), max_matvecs, guard, min(extra, size - k), (later[0], max(later[1], floor)))
@@ -175,7 +184,7 @@ class _Solver:
 
     # ---- the whole course
     def solve(self, start: Tensor | None) -> EigenResult:
-        if start is None or self._start_warm(start) is None:
+        if start is None or not self._start_warm(start):
             self.basis.start_random()
         while True:
             ritz, complaint = self._converge()
@@ -185,18 +194,25 @@ class _Solver:
             if verdict is not None:
                 return self._result(self._ritz(), True, verdict)
 
-    def _start_warm(self, block: Tensor) -> int | None:
+    def _start_warm(self, block: Tensor) -> bool:
+        """Start several chains at once, each from a mix of every g-th row of the block, the last with some noise."""
+        basis, plan = self.basis, self.plan
         with exact_arithmetic(block.device):
             rows, rank = orthonormalize_rows(block)
             if rank == 0:
-                return None
-            generator = self.basis.generator
+                return False
+            wanted = min(rank, plan.k + plan.extra)
+            chains = math.isqrt(wanted - 1) + 1 if plan.max_matvecs >= 2 * plan.k else wanted
+            chains = max(1, min(chains, (basis.capacity - 2) // 2, basis.size // 2, plan.max_matvecs))
+            generator = basis.generator
             signs = torch.randint(2, (rank,), generator=generator, device=block.device).to(block.dtype) * 2 - 1
-            mix = signs @ rows / rank**0.5
             fresh = random_orthogonal(rows, generator)
+            rows = torch.stack([signs[i::chains] @ rows[i::chains] for i in range(chains)])
+            rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             if fresh is not None:
-                mix = torch.add(mix, fresh, alpha=_WARM_NOISE)
-        return self.basis.start(mix)
+                rows[-1].add_(fresh, alpha=_WARM_NOISE).div_((1 + _WARM_NOISE**2) ** 0.5)
+        basis.start_block(rows)
+        return True
 
     # ---- growing until the wanted pairs have converged
     def _converge(self) -> tuple[Ritz, str | None]:
@@ -207,6 +223,8 @@ class _Solver:
             if ritz is not None and not self._unconverged(ritz, self.goal).any():
                 return ritz, None
             left = plan.max_matvecs - basis.matvecs
+            if ritz is None and self.stride == 1 and len(basis.open) > 1:
+                ritz = self._ritz()
             index = self._choose(ritz) if left > 0 else None
             if index is None:
                 final = self._ritz()
@@ -214,10 +232,13 @@ class _Solver:
             count, short = self.stride, self.goal - len(basis.closed)
             if self.stride > 1 and short > 0:  # no test before k rows; a broken chain may waste all products but one
                 count = max(1, min(short, left - plan.k + len(basis.closed) + 1))
-            self._chain(index, min(count, left))
+            if ritz is None and len(basis.open) > 1:
+                self._sweep(min(count, left))
+            else:
+                self._chain(index, min(count, left))
 
     def _choose(self, ritz: Ritz | None) -> int | None:
-        """The open row that the unconverged wanted residuals lean on most; a random one where a chain has ended."""
+        """The open direction that turns the unconverged wanted pairs most; a random one where a chain has ended."""
         basis = self.basis
         if ritz is not None and basis.n >= basis.capacity:
             ritz = self._restart(ritz)
@@ -225,11 +246,21 @@ class _Solver:
             return basis.start_random()
         if len(basis.open) == 1 or ritz is None:
             return basis.open[-1]
-        wanted = np.flatnonzero(self._unconverged(ritz, self.goal))
-        weight = (ritz.weights[:, wanted] ** 2).sum(1)
-        if weight.max() == 0:  # only an open row that nothing is known of can help
+        direction = self._steepest(ritz)
+        if direction is None:  # only an open row that nothing is known of can help
             return basis.open[-1]
-        return basis.open[int(weight.argmax())]
+        return basis.aim(direction)
+
+    def _steepest(self, ritz: Ritz) -> np.ndarray | None:
+        """Combination (f,) of the open rows that turns the unconverged wanted pairs most; None if none would.
+
+        A residual turns its pair by about ``||r_i|| / (theta_i - theta_next)``, so it counts in units of that distance.
+        """
+        wanted = np.flatnonzero(self._unconverged(ritz, self.goal))
+        weights = ritz.weights[:, wanted]
+        if not weights.any():
+            return None
+        return np.asarray(np.linalg.svd(weights / self._distances(ritz)[wanted], full_matrices=False)[0][:, 0])
 
     def _chain(self, index: int, count: int) -> int | None:
         """Up to ``count`` products along one chain, as far as the basis has room; its open row, None if it ended."""
@@ -242,6 +273,12 @@ class _Solver:
                     return None
         basis.flush()
         return index if index in basis.open else None
+
+    def _sweep(self, count: int) -> None:
+        """A product with each of ``count`` open rows, without a look at the host."""
+        for row in self.basis.open[:count]:
+            self.basis.expand(row)
+        self.basis.flush()
 
     def _restart(self, ritz: Ritz) -> Ritz:
         """Thick restart that keeps half of the room beyond the wanted pairs."""
@@ -260,6 +297,8 @@ class _Solver:
         basis, plan = self.basis, self.plan
         if len(basis.closed) >= basis.size:
             return "converged: the basis spans the whole space, nothing can be skipped"
+        if plan.guard == 0 and (ritz.residuals[: plan.k] > plan.tolerance(basis.matvecs) * ritz.scale).any():
+            return "converged as a span: close pairs are not told apart, and guard=0 looked for no skipped eigenvalue"
         if plan.guard == 0:
             return "converged by residuals alone: guard=0 looked for no skipped or repeated eigenvalue"
         allowed = plan.max_matvecs - basis.matvecs
@@ -327,12 +366,31 @@ class _Solver:
         return float(np.linalg.norm(outside)) <= self.plan.tol * self._ritz().scale
 
     # ---- reading
+    def _distances(self, ritz: Ritz) -> np.ndarray:
+        """Of the wanted values (goal,) from the next, of which a tenth is left where there is no distance."""
+        sign = {"LA": 1.0, "SA": -1.0, "LM": 0.0}[self.plan.which]
+        worth = sign * ritz.values if sign else np.abs(ritz.values)
+        following = float(worth[self.goal]) if len(worth) > self.goal else 0.0
+        return np.maximum(worth[: self.goal] - 0.9 * max(following, 0.0), 1e-3 * ritz.scale)
+
+    def _span_stands(self, ritz: Ritz) -> bool:
+        """Whether the sum of ``(||r_i|| / distance_i)^2 / k``, the share that the span misses, is small enough."""
+        after, tol = self.plan.relax
+        if not after <= self.basis.matvecs or after >= self.plan.max_matvecs:
+            return False
+        if ritz.scale == 0 or len(ritz.values) <= self.goal:
+            return False
+        turns = ritz.residuals[: self.goal] / self._distances(ritz)
+        return float((turns**2).mean()) <= _SPAN * tol**2
+
     def _ritz(self) -> Ritz:
         self.basis.flush()
         return self.basis.ritz(self.plan.which)
 
     def _unconverged(self, ritz: Ritz, pairs: int | None = None) -> np.ndarray:
         """A bool for each of the k wanted pairs, or for the first ``pairs``."""
+        if self._span_stands(ritz):
+            return np.zeros(pairs or self.plan.k, dtype=bool)
         return ritz.residuals[: pairs or self.plan.k] > self.plan.tolerance(self.basis.matvecs) * ritz.scale
 
     def _complaint(self, ritz: Ritz, left: int) -> str | None:

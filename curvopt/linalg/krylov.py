@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,33 @@ class KrylovBasis:
         self.open.append(index)
         return index
 
+    def start_block(self, rows: Tensor) -> None:
+        """Orthonormal rows (m, P) as the first closed ones, by m products; the basis must be empty.
+
+        Their remainders stay open, one a row.
+        """
+        self.rows[: len(rows)] = rows
+        self.n = len(rows)
+        self.open = list(range(self.n))
+        images = self.op.multiply_rows(self.rows[: self.n]).detach()
+        self.matvecs += self.n
+        for index in range(len(rows)):
+            self._close(index, images[index])
+        self.flush()
+
+    def aim(self, direction: np.ndarray) -> int:
+        """Turn the open rows (after ``flush``) so that the first is their combination ``direction`` (f,); its index."""
+        unit = direction / np.linalg.norm(direction)
+        mirror = unit.copy()
+        mirror[0] += math.copysign(1.0, unit[0])  # Householder's reflection, which exchanges e_0 and -+unit
+        factor = 2 / float(mirror @ mirror)
+        with exact_arithmetic(self.rows.device):
+            turned = self.rows[self.open]
+            column = torch.from_numpy(mirror).to(turned)
+            self.rows[self.open] = turned.addr_(column, column @ turned, alpha=-factor)
+        self._h[self.open] -= factor * np.outer(mirror, mirror @ self._h[self.open])
+        return self.open[0]
+
     def expand(self, index: int) -> int:
         """Close the open row ``index`` by one product and return the open row that its image's remainder becomes.
 
@@ -109,6 +137,9 @@ class KrylovBasis:
         """
         image = self.op.multiply_rows(self.rows[index : index + 1]).detach()[0]
         self.matvecs += 1
+        return self._close(index, image)
+
+    def _close(self, index: int, image: Tensor) -> int:
         with exact_arithmetic(self.rows.device):
             left, column, once, norm = remove_components(image, self.rows[: self.n])
             length = torch.hypot(torch.linalg.vector_norm(column), norm)
@@ -145,9 +176,20 @@ class KrylovBasis:
                         rows.remove(born)
                 self._lost_row(born, index)
         self._pending.clear()
-        alive = {*self.open, *self.closed}
-        while self.n and self.n - 1 not in alive:  # a broken chain grew last, so its rows are the last ones
-            self.n -= 1
+        self._close_ranks()
+
+    def _close_ranks(self) -> None:
+        """Drop rows that are neither open nor closed any more."""
+        alive = sorted((*self.open, *self.closed))
+        count = len(alive)
+        if alive != list(range(count)):
+            self.rows[:count] = self.rows[alive]
+            place = {old: new for new, old in enumerate(alive)}
+            self.open, self.closed = ([place[i] for i in rows] for rows in (self.open, self.closed))
+            inner, lost = self._h[np.ix_(alive, alive)], self._lost[:, alive]
+            self._h[:], self._lost = 0.0, np.zeros((len(lost), self.capacity))
+            self._h[:count, :count], self._lost[:, :count] = inner, lost
+        self.n = count
 
     def _lost_row(self, row: int, column: int) -> None:
         """Keep the norm of a remainder that has no row any more in the residuals."""

@@ -1,4 +1,4 @@
-"""How a basis is brought up to date: from noise, by one block power step, or by a warm Lanczos chain."""
+"""How a basis is brought up to date: from noise, by one block power step, or by warm Krylov chains."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def warm_matvecs(self) -> int:
-        """Products of one warm Lanczos chain at most: 2.6 k, or a few more where k is small."""
+        """Products of warm Krylov chains at most: 2.6 k, or a few more where k is small."""
         return min(self.max_matvecs, max(math.ceil(2.6 * self.k), self.k + 6))
 
     @property
@@ -203,7 +203,7 @@ class RefreshReport:
     """What one refresh did.
 
     Attributes:
-        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm Lanczos); with a
+        kind: ``"cold"`` (Lanczos from noise), ``"image"`` (one block power step), ``"krylov"`` (warm chains); with a
             basis a layer, that of the first layer.
         matvecs: products spent, the guard's included.
         guard_matvecs: the part that looked for skipped values.
@@ -231,7 +231,8 @@ def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     if route == "image":
         return _image(operator, plan, cached)
-    return _lanczos(operator, plan, cached.rows, plan.warm_matvecs, cached.spectrum.warm_tolerance(plan))
+    rows = torch.cat([cached.rows, cached.probe[None]]) if cached.spectrum.has_probe else cached.rows
+    return _lanczos(operator, plan, rows, plan.warm_matvecs, cached.spectrum.warm_tolerance(plan))
 
 
 def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Solution:

@@ -233,6 +233,57 @@ def test_looking_at_the_host_less_often_changes_only_the_count(
     assert tight.matvecs == 7 and tight.eigenvalues.shape == (7,)
 
 
+def leading_vectors(op: PlantedSpectrum, count: int) -> torch.Tensor:
+    return op.eigenvectors(op.spectrum.topk(count).indices.tolist())
+
+
+def drifting_block(spectrum: torch.Tensor, rows: int) -> tuple[PlantedSpectrum, torch.Tensor]:
+    op = PlantedSpectrum(spectrum, seed=1)
+    noise = torch.randn(op.shape[0], rows, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return op, leading_vectors(op, rows) + 0.3 * noise / op.shape[0] ** 0.5
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5])
+@pytest.mark.parametrize("cap", [200, 11])
+def test_a_block_start_gives_true_residuals(stride: int, cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["curvopt.linalg.eigsh"], "_stride", lambda device, k: stride)
+    op, block = drifting_block(with_bulk([9.0, 8.5, 8.0, 7.5, 7.0, 6.8, 6.6, 6.4], 300), 8)
+    result = eigsh(op, 8, v0=block, max_matvecs=cap)
+    assert op.matvecs == result.matvecs <= cap
+    # the recurrences keep float64 orthogonality through some tens of products and reflections
+    assert (true_residuals(op, result) - result.residual_norms).abs().max() <= 1e-11
+    gram = result.eigenvectors.T @ result.eigenvectors
+    assert (gram - torch.eye(8, dtype=gram.dtype)).abs().max() <= 1e-12
+    if cap == 200:
+        assert result.converged
+        assert (result.eigenvalues - op.spectrum.topk(8).values).abs().max() <= 1e-3 * 9.0
+    else:  # below 2k products every column is multiplied first, so the sum of Ritz values can only grow
+        q = torch.linalg.qr(block)[0]
+        inner = q.T @ (op @ q)
+        # one column holds a fifth of noise, which takes 4 % of its value at most
+        assert result.eigenvalues.sum() >= inner.trace() - 0.04 * 9.0
+
+
+def test_a_block_of_exact_eigenvectors_breaks_down_without_harm() -> None:
+    spectrum = with_bulk([9.0, 8.0, 7.0, 6.0], 40)
+    op = PlantedSpectrum(spectrum, seed=1)
+    result = eigsh(op, 4, v0=leading_vectors(op, 4), max_matvecs=7, guard=0)
+    assert result.matvecs <= 7
+    assert result.eigenvalues.tolist() == pytest.approx([9.0, 8.0, 7.0, 6.0], abs=1e-2)
+
+
+def test_relaxed_spans_are_what_they_are_said_to_be() -> None:
+    # the fourth and the fifth value are close: the span of four stands long before the fourth pair does
+    op, block = drifting_block(with_bulk([9.0, 8.0, 7.0, 6.0, 5.95], 400), 4)
+    strict = eigsh(op, 4, tol=1e-4, v0=block, guard=0, max_matvecs=100)
+    relaxed = eigsh(op, 4, tol=1e-4, v0=block, guard=0, max_matvecs=100, relax=(8, 2e-2))
+    assert strict.converged and relaxed.converged
+    assert relaxed.matvecs < strict.matvecs
+    exact = leading_vectors(op, 4)
+    missing = 1 - float((exact.T @ relaxed.eigenvectors).square().sum()) / 4
+    assert missing <= 2 * 50 * 0.02**2  # an estimate, within a factor
+
+
 # ---- cost
 def mlp_like(size: int = 199_210) -> DiagonalOperator:
     """The leading values of a 784-200-200-10 network on MNIST after 200 steps, then a power-law bulk of both signs."""
