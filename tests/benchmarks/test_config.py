@@ -12,6 +12,7 @@ from benchmarks.config import (
     to_dict,
     to_yaml,
 )
+from benchmarks.protocol.suite_config import load_comparison
 
 
 def test_precedence_file_then_tuned_then_command_line():
@@ -44,6 +45,12 @@ def test_every_file_composes():
         assert compose_run(task, "bulk_sgd").optimizer["label"]
     for optimizer in available("optimizer"):
         assert compose_run("noisy_quadratic", optimizer).optimizer["label"]
+
+
+@pytest.mark.parametrize("name", available("suite"))
+def test_every_suite_is_complete(name):
+    """Its tasks, optimizers, grids and changes are looked at before the first run; loading does that."""
+    assert load_comparison(name).title
 
 
 @pytest.mark.parametrize(
