@@ -243,7 +243,9 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
 
 def _suite(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.protocol.comparison import Comparison, load_comparison
-    from benchmarks.report.leaderboard import markdown, profile_table, standings, write_leaderboard
+    from benchmarks.report.leaderboard import markdown, profile_table
+    from benchmarks.report.page import write_leaderboard
+    from benchmarks.report.standings import standings
     from benchmarks.report.targets import write_targets
 
     name = f"{options.name}_small" if options.small else options.name
@@ -278,7 +280,7 @@ def _target(options: argparse.Namespace, console: Console) -> int:
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.protocol.comparison import load_folder
-    from benchmarks.report.leaderboard import write_leaderboard
+    from benchmarks.report.page import write_leaderboard
     from benchmarks.report.targets import write_targets
     from benchmarks.report.write import write_report
 

@@ -74,7 +74,7 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> float:
     from scipy import stats
 
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
-    if not pairs:
+    if len(pairs) < 2:  # one difference can have either sign: p = 2 / 2
         return 1.0
     differences = np.array([math.log(a) - math.log(b) for a, b in pairs])  # +-inf where one of them missed
     signed = stats.rankdata(np.abs(differences)) * np.sign(differences)

@@ -34,7 +34,7 @@ _PAGE = Template("""<!DOCTYPE html>
   :root { --text: #e3e6ea; --dim: #9aa4af; --page: #16191d; --line: #383f47; --band: #1f2429; --link: #7db8ee; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; max-width: 88rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--text);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 p, ul { max-width: 48rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: .5rem 0 1rem; }
@@ -48,7 +48,7 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25r
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
-td.words { white-space: normal; min-width: 14rem; text-align: left !important; }
+td.words { white-space: normal; min-width: 12rem; text-align: left !important; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 tbody tr:hover td { background: var(--band); }
 figure { margin: 1.25rem 0 2rem; }
@@ -57,7 +57,8 @@ figure img { display: block; min-width: 36rem; max-width: 100%; height: auto; ma
 figcaption { color: var(--dim); font-size: .875rem; max-width: 48rem; margin-top: .5rem; }
 @media (max-width: 40rem) {
   body { padding: 1rem .75rem 3rem; }
-  th:first-child, td:first-child { min-width: 7.5rem; max-width: 9rem; white-space: normal; }
+  th:first-child, td:first-child { min-width: 8rem; max-width: 9rem; white-space: normal;
+    overflow-wrap: anywhere; }
 }
 @media print { body { max-width: none; } .scroll { overflow: visible; } nav { display: none; } }
 </style>

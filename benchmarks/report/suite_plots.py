@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from benchmarks.protocol.statistics import median, profile
-from benchmarks.report.leaderboard import Standing, criterion
 from benchmarks.report.plots import Drawn, save
 from benchmarks.report.records import AXES, RunRecord
+from benchmarks.report.standings import Standing
+from benchmarks.report.verdicts import criterion
 from curvopt.diagnostics.plots import PALETTE, draw_band, label_axes, new_figure, style, styled
 
 _LARGEST = 4.0  # ratio up to which profiles are drawn and scored
@@ -240,7 +241,7 @@ def curvature_figure(rows: Sequence[Standing], places: dict[str, int], folder: P
     measured = [r for r in rows if any(len(x.column("lambda/1")) for x in r.records)]
     if not measured:
         return None
-    ordered = sorted(measured, key=lambda r: median(criterion(r)))[:_COLUMNS]
+    ordered = sorted(measured, key=lambda r: (median(criterion(r)), median(r.train_loss)))[:_COLUMNS]
     figure, grid = new_figure(3, len(ordered), width=2.6, height=1.9)
     table: list[dict[str, Any]] = []
     for column, row in enumerate(ordered):

@@ -18,8 +18,9 @@ from benchmarks.cli import main
 from benchmarks.config import ConfigError, settings
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.comparison import Comparison, SuiteConfig, load_comparison, units
-from benchmarks.report.leaderboard import standings, write_leaderboard
+from benchmarks.report.page import write_leaderboard
 from benchmarks.report.records import find_records
+from benchmarks.report.standings import standings
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = "overrides=[steps=40,product_cost=3.0,route=loop,wandb.mode=disabled,checkpoint_every=10]"

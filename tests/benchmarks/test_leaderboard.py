@@ -1,6 +1,7 @@
 """The scorer on hand-made logs: every score in the tables is known before it is computed."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -11,8 +12,9 @@ from benchmarks.config import compose_run, to_yaml
 from benchmarks.files import atomic_write_json
 from benchmarks.protocol.comparison import SuiteConfig, Unit
 from benchmarks.protocol.search import Trial, Tuned
-from benchmarks.report.leaderboard import _standing, claim, markdown, profile_table, task_table, tuning_table
+from benchmarks.report.leaderboard import markdown, profile_table, task_table, tuning_table
 from benchmarks.report.records import load_record
+from benchmarks.report.standings import _standing
 from benchmarks.report.suite_plots import (
     cost_figure,
     costs,
@@ -22,15 +24,21 @@ from benchmarks.report.suite_plots import (
     profile_figure,
     sensitivity_figure,
 )
+from benchmarks.report.verdicts import claim, in_short, judged, uses_curvature
 from benchmarks.sinks.jsonl import encode
 
 INF = math.inf
 
 
+@functools.cache
+def _composed(optimizer):
+    return compose_run("noisy_quadratic", optimizer, ["steps=40"])
+
+
 def _log(folder, optimizer, label, seed, reaches, status="done"):
     """A run of 40 steps, evaluated every 10: loss 1 before step ``reaches``, .01 from there on; 3 gradients a step."""
-    config = compose_run("noisy_quadratic", optimizer, [f"seed={seed}", "steps=40"])
-    config.optimizer["label"] = label
+    composed = _composed(optimizer)
+    config = dataclasses.replace(composed, seed=seed, optimizer={**composed.optimizer, "label": label})
     path = folder / f"{label}-{seed}"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
@@ -81,13 +89,58 @@ def test_scores_of_a_run(rows):
 
 def test_claims(rows):
     # six pairs on one side: p = 2/64; ten steps instead of twenty
-    assert claim(rows["fast"], rows["base"]) == "better (p 0.031, x0.50)"
-    assert claim(rows["base"], rows["fast"]) == "worse (p 0.031, x2.00)"
+    assert claim(rows["fast"], rows["base"]) == "better (p 0.031, x0.50 [0.50, 0.50])"
+    assert claim(rows["base"], rows["fast"]) == "worse (p 0.031, x2.00 [2.00, 2.00])"
     assert claim(rows["lost"], rows["base"]) == "worse (p 0.031)"
-    assert claim(rows["base"], rows["base"]) == "no difference shown (p 1.00, x1.00)"
+    assert claim(rows["base"], rows["base"]) == "no difference shown (p 1.00, x1.00 [1.00, 1.00])"
     assert claim(rows["mixed"], rows["base"]).startswith("no difference shown (p ")
+    # ratios seed by seed: .5 .5 .5 1.5 1.5 inf
+    assert claim(rows["mixed"], rows["base"]).endswith(", x1.00 [0.50, inf])")
+    assert claim(rows["base"], rows["lost"]) == "better (p 0.031)"  # no ratio to what never gets there
+    assert claim(rows["lost"], rows["lost"]).endswith("x1.00 [1.00, 1.00])")
     few = dataclasses.replace(rows["fast"], to_target={"step": [10.0] * 5})
     assert claim(few, rows["base"]) == "too few seeds (5)"
+
+
+def test_where_each_optimizer_wins_and_loses(rows):
+    """Beside the better of the baselines, by each criterion, on two tasks, of which one has no target."""
+    config = SuiteConfig(baselines=["sgd_momentum", "adamw"])
+    second = [
+        dataclasses.replace(rows[k], task="two", to_target={}, train_loss=[v] * 6)
+        for k, v in (("fast", 0.5), ("base", 0.1))
+    ]
+    slow = {"step": [10.0] * 6, "gradient_equivalents": [90.0] * 6, "seconds": [10.0] * 6}
+    dear = dataclasses.replace(rows["fast"], to_target=slow)
+    found = [dear, rows["base"], rows["mixed"], rows["lost"], *second]
+    short = in_short(found, config)
+    assert short.header == ["optimizer", "curvature", "steps", "gradient-equivalents", "seconds", "final train loss"]
+    assert short.body == [
+        ["fast", "yes", "better: noisy_quadratic", "worse: noisy_quadratic", "1 open", "worse: two; 1 open"],
+        ["mixed", "no", "1 open", "1 open", "1 open", "1 open"],
+    ]
+    assert short.sentences == [
+        "Steps to target, 1 curvature-aware setting, 1 in all over the tasks: 1 better.",
+        "Gradient-equivalents to target, 1 curvature-aware setting, 1 in all over the tasks: 1 worse.",
+        "Seconds to target, 1 curvature-aware setting, 1 in all over the tasks: 1 open.",
+        "Final train loss, 1 curvature-aware setting, 2 in all over the tasks: 1 worse, 1 open.",
+    ]
+    few = [dataclasses.replace(r, train_loss=r.train_loss[:5], to_target={}) for r in found[:2]]
+    assert in_short(few, config).body == [["fast", "yes", "1 too few seeds"]]
+    assert judged(rows["fast"], rows["base"]) == ("better", pytest.approx(2 / 64))
+    assert in_short([rows["base"]], config).body == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "aware"),
+    [
+        ("sgd_momentum", False), ("control_rank0", False), ("control_random", False), ("control_ire", False),
+        ("bulk_sgd", True), ("history_sgd", True), ("subspace_lbfgs", True), ("control_oracle", True),
+        ("control_eigen_sam", True),
+    ],
+)  # fmt: skip
+def test_who_uses_curvature(optimizer, aware, tmp_path):
+    record = _log(tmp_path, optimizer, optimizer, 0, 10)
+    assert uses_curvature(_standing(Unit("noisy_quadratic", optimizer), "x", [record], 0.02, None)) is aware
 
 
 def test_the_leaderboard_of_a_task(rows):

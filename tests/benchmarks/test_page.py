@@ -13,7 +13,7 @@ from benchmarks.cli import main
 from benchmarks.progress import RunProgress
 from benchmarks.protocol.comparison import Comparison, load_comparison
 from benchmarks.report.html import render
-from benchmarks.report.leaderboard import write_leaderboard
+from benchmarks.report.page import write_leaderboard
 from benchmarks.report.write import write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -54,6 +54,7 @@ def test_paired_test_against_enumeration_by_hand():
     first, second = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 4.1, 6.4, 8.9, 11.0, 14.0]
     assert paired_test(first, second) == pytest.approx(2 / 2**6)  # all six on one side: the two extreme sign patterns
     assert paired_test(first[:5], second[:5]) == pytest.approx(2 / 2**5)
+    assert paired_test([1.0, 2.0], [1.0, 3.0]) == 1.0  # one pair that is no tie: either sign is as likely
     assert not better(first[:5], second[:5]) and better(first, second) and not better(second, first)
     mixed = [2.0, 1.0, 6.4, 8.9, 11.0, 14.0]
     ranks = stats.rankdata(np.abs(np.log(first) - np.log(mixed)))
