@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.config import ConfigError, RunConfig, available, compose_run, repeat_run, run_directory
+from benchmarks.files import no_room
 from benchmarks.progress import RunProgress
 from curvopt._errors import CurvoptError
 
@@ -404,6 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[options.command](options, console)
     except (ConfigError, CurvoptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if no_room(error):
+            print("once there is room, the same command goes on where this one stopped", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)

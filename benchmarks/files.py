@@ -7,6 +7,7 @@ folder is atomic, and the new bytes reach the disk (fsync) before the name point
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_write_json",
     "atomic_write_text",
     "fsync_folder",
+    "no_room",
     "remove_leftovers",
 ]
 
@@ -58,7 +60,15 @@ def atomic_torch_save(obj: Any, path: str | os.PathLike[str]) -> Path:
     """`torch.save(obj, path)`, all or nothing: a kill at any moment leaves a checkpoint that loads."""
     import torch  # here, so that reading plain logs doesn't import torch
 
-    return _replace(path, lambda handle: torch.save(obj, handle))
+    def write(handle: BinaryIO) -> None:
+        try:
+            torch.save(obj, handle)
+        except RuntimeError as error:  # torch's own words for whatever its writer met; a full disk must be told from it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    return _replace(path, write)
 
 
 def fsync_folder(folder: str | os.PathLike[str]) -> None:
@@ -94,13 +104,26 @@ def _replace(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> 
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_beside(target) as temporary:
         # Mode "x" and the default permissions: the file that appears is as readable as one from open().
-        with open(temporary, "xb") as handle:
-            write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, target)
+        try:
+            with open(temporary, "xb") as handle:
+                write(handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            raise _named(error, target) from error
     fsync_folder(target.parent)
     return target
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, the quota spent, or the file larger than is allowed."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _named(error: OSError, target: Path) -> OSError:
+    """The error with the file's name in it: a failed write has none."""
+    return OSError(error.errno, error.strerror, str(target)) if error.errno is not None else error
 
 
 @contextlib.contextmanager

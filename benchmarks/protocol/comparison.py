@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +32,7 @@ from benchmarks.protocol.repeat import in_words, verdict
 from benchmarks.protocol.search import Trial, Tuned, along, as_overrides, judge, search, space_of, tuning_runs
 from benchmarks.protocol.suite_config import TUNING_SEED, SuiteConfig, changes_of, load_comparison
 from benchmarks.protocol.train import execute
+from benchmarks.protocol.workers import sender, workers
 from benchmarks.sinks.jsonl import decode, encode
 from curvopt import zoo
 
@@ -56,6 +52,9 @@ def load_folder(out: Path) -> tuple[SuiteConfig, str]:
     version, command = values.pop("version", None), values.pop("command", "")
     if version != VERSION:
         raise ConfigError(f"{out} holds a suite of format {version}, this program reads {VERSION}")
+    strange = sorted(set(values) - {f.name for f in fields(SuiteConfig)})
+    if strange:
+        raise ConfigError(f"{out} holds a suite with the unknown keys {', '.join(strange)}: another version wrote it")
     return SuiteConfig(**values), str(command)
 
 
@@ -178,13 +177,20 @@ class Comparison:
         if path.exists():
             found = decode(json.loads(path.read_text()))
             if found.get("stamp") == stamp:
+                progress.count(self.config.trials * len(seeds))
                 return Tuned(found["key"], [Trial(**t) for t in found["trials"]])
+
+        scores: list[float] = []
 
         def score(settings: dict[str, Any]) -> tuple[float, float, float]:
             runs = tuning_runs(unit.task, unit.optimizer, settings, common, seeds)
             value = judge([self.run(run, progress) for run in runs], goal)
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
-            self.say(f"{unit.task}, {unit.optimizer}: {shown}: train loss {value[0]:.4g}")
+            scores.append(value[0])
+            self.say(
+                f"{unit.task}, {unit.optimizer}: {shown}: train loss {value[0]:.4g}, best so far {min(scores):.4g}"
+            )
+            progress.note(f"best so far {min(scores):.4g} ({unit.task}, {unit.optimizer})")
             return value
 
         tuned = search(space, score, self.config.trials) if grid is None else along(grid, score)
@@ -254,6 +260,11 @@ class Comparison:
         finally:
             progress.finish_run()
 
+    def runs_of(self, unit: Unit) -> int:
+        """Number of its runs: the search, the results, the re-timed ones."""
+        settings = 1 + len(unit.scales) + len(unit.changes)
+        return self.config.trials * self.config.tuning_seeds + settings * (self.config.seeds + self.config.retime)
+
     def do(self, unit: Unit, progress: RunProgress) -> str:
         """Tune an optimizer on a task, then do its runs; a line about them."""
         tuned = self.tune(unit, progress)
@@ -273,6 +284,7 @@ class Comparison:
         self.claim()
         self.measure(progress)
         work = units(self.config)
+        progress.overall(sum(map(self.runs_of, work)))
         done, started = 0, time.monotonic()
         for text in self._results(work, progress, jobs):
             done += 1
@@ -283,20 +295,24 @@ class Comparison:
                 else f"; {len(work) - done} left, about {spent / done * (len(work) - done) / 60:.0f} min"
             )
             self.say(f"[{done}/{len(work)}] {text}{left}")
-        self._retime_all(work)
+        self._retime_all(work, progress)
 
-    def _retime_all(self, work: Sequence[Unit]) -> None:
+    def _retime_all(self, work: Sequence[Unit], progress: RunProgress) -> None:
         quiet = RunProgress(enabled=False)
         runs = [r for unit in work for r in self.retimed(self.finals(unit, self.tune(unit, quiet)))]
+        runs.sort(key=lambda r: r.seed)  # what else the machine does in a while goes to all optimizers alike
         left = [r for r in runs if not (run_directory(r) / "repeat.json").exists()]
+        progress.count(len(runs) - len(left))
         if not left:
             return
         # One process, a new one for all of them: no bars and no other run take seconds from it.
-        with _workers(1) as pool:
+        with workers(1, progress, self.say) as pool:
             for i, run in enumerate(left, len(runs) - len(left) + 1):
+                name = f"alone: {run.task['file']}, {run.optimizer['label']}, seed {run.seed}"
+                progress.row(0, name)
                 text = pool.submit(_retime, self.config, self.out, run).result()
-                name = f"{run.task['file']}, {run.optimizer['label']}, seed {run.seed}"
-                self.say(f"[{i}/{len(runs)}] alone: {name}: {text}")
+                progress.count(1)
+                self.say(f"[{i}/{len(runs)}] {name}: {text}")
 
     def claim(self) -> None:
         """Write ``suite.json``; a folder that holds another version's results is refused."""
@@ -315,37 +331,15 @@ class Comparison:
             for unit in work:
                 yield self.do(unit, progress)
             return
-        with _workers(jobs) as pool:
+        with workers(jobs, progress, self.say) as pool:
             waiting = [pool.submit(_worker, self.config, self.out, unit) for unit in work]
             for future in as_completed(waiting):
                 yield future.result()
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one; what waits is dropped where one of them fails."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _die_with_parent, (os.getpid(),)) as pool:
-        try:
-            yield pool
-        except BrokenProcessPool as error:
-            raise OSError("a worker was killed (out of memory?): the same command goes on") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _die_with_parent(parent: int) -> None:
-    """End this worker when the process that started it has gone, however that went."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _worker(config: SuiteConfig, out: Path, unit: Unit) -> str:
-    return Comparison(config, out).do(unit, RunProgress(enabled=False))
+    progress = sender()
+    return Comparison(config, out, progress.print).do(unit, progress)
 
 
 def _words(change: str) -> str:

@@ -35,9 +35,10 @@ class RunLog:
         # A process that was killed before its first checkpoint left records, and all of them come again.
         last_kept = -1 if checkpoint_step is None else checkpoint_step - 1
         records = folder / RECORDS
+        plain = JsonlSink(folder, resume_step=last_kept)  # what reports are made from: a run can't do without
         self._sinks = MultiSink(
             [
-                JsonlSink(folder, resume_step=last_kept),
+                plain,
                 WandbSink(
                     folder,
                     mode=None if config.wandb.mode == "auto" else config.wandb.mode,
@@ -49,7 +50,8 @@ class RunLog:
                     # Asked for once the plain file is open, and cut.
                     earlier=lambda: read_jsonl(records) if records.exists() else [],
                 ),
-            ]
+            ],
+            essential=[plain],
         )
         self._config = {**to_dict(config), "environment": dict(environment or {})}
         self._status = "failed"

@@ -23,13 +23,17 @@ _NAMED = re.compile(r"(\S+) does not have a deterministic implementation")
 _LONGEST = 50  # steps that the search for an operation takes
 
 
-def difference(first: Path, again: Path) -> str:
+def difference(first: Path, again: Path, timed: bool = False) -> str:
     """Where the records of two runs part, measured columns apart; empty for the same numbers bit for bit.
 
     Args:
         first, again: folders of two finished runs.
+        timed: they ended by the clock, so that only the steps that both did are compared, but for the last ones.
     """
     one, other = ({r["step"]: r for r in _rows(folder)} for folder in (first, again))
+    if timed:
+        end = min(max(rows, default=0) for rows in (one, other))
+        one, other = ({s: r for s, r in rows.items() if s < end} for rows in (one, other))
     for step in sorted({*one, *other}):
         if step not in one or step not in other:
             return f"a record at step {step} only {'there' if step in one else 'in the repetition'}"
@@ -92,7 +96,7 @@ def verdict(config: RunConfig, first: Path, again: Path) -> dict[str, Any]:
         config: of both runs.
         first, again: their folders.
     """
-    found = difference(first, again)
+    found = difference(first, again, timed=config.max_seconds is not None)
     if not found:
         return {"same": True}
     return {

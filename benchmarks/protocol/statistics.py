@@ -15,6 +15,8 @@ import numpy as np
 _RESAMPLES = 10_000
 # Fewer pairs cannot reach .05 in a two-sided exact test: 2 / 2^5 = .0625.
 LEAST_PAIRS = 6
+# What the tables of a suite can be ordered by.
+METRICS = ("step", "gradient_equivalents", "seconds", "train_loss")
 
 
 def median(values: Sequence[float]) -> float:

@@ -83,7 +83,7 @@ def perform(
                 cost, route = found, outcome.record.get("route")
             words = f"{outcome.status}{' (' + outcome.reason + ')' if outcome.reason else ''}"
             words += ", by an earlier call" if there else ""
-        except ConfigError:
+        except (ConfigError, OSError, MemoryError):
             raise
         except Exception as error:  # any optimizer may raise anything: the others still run
             words = f"failed ({type(error).__name__}: {error})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.config import CONFIGS, ConfigError, _check_choice, _nearest, compose_run
 from benchmarks.protocol.search import as_overrides, space_of
+from benchmarks.protocol.statistics import METRICS
 
 TUNING_SEED = 1000  # of the first tuning run; seeds 0, 1, 2 ... are for the results
 
@@ -26,6 +27,8 @@ class SuiteConfig:
         seeds: runs of the best setting, at least 6 for a test that can reach .05.
         retime: of those runs, as many seeds are done once more with nothing of the suite beside them, for their seconds;
             0 for none.
+        metric: what the tables of the tasks are ordered by, a name of ``statistics.METRICS``; the final train loss stands
+            in where a task has no target.
         scaled: optimizer -> factors: controls that take its tuned setting with the learning rate simply scaled.
         grid: optimizer -> settings to try in the place of a search, ``trials`` of them, all with the same keys.
         targets: column of the evaluation -> values that a run is to come down to, ``train_loss`` among the columns; it ends
@@ -45,6 +48,7 @@ class SuiteConfig:
     tuning_seeds: int = 1
     seeds: int = 6
     retime: int = 1
+    metric: str = "step"
     scaled: dict[str, list[float]] = field(default_factory=dict)
     grid: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     targets: dict[str, list[float]] = field(default_factory=dict)
@@ -98,6 +102,8 @@ def _check(config: SuiteConfig, name: str) -> None:
             raise ConfigError(f"suite {name}: {key} must be at least {least}, got {getattr(config, key)}")
     if config.seeds > TUNING_SEED:
         raise ConfigError(f"suite {name}: seeds must be at most {TUNING_SEED}, where those of the tuning begin")
+    if config.metric not in METRICS:
+        raise ConfigError(f"suite {name}: unknown metric {config.metric!r}: {_nearest(config.metric, METRICS)}")
     if config.retime > config.seeds:
         raise ConfigError(f"suite {name}: retime must be at most seeds, {config.seeds}, got {config.retime}")
     for optimizer in (*config.scaled, *config.baselines, *config.ablate):

@@ -21,14 +21,14 @@ def task_table(rows: Sequence[Standing], config: SuiteConfig) -> tuple[list[str]
     """Header and lines of one task's leaderboard, best first."""
     timed = bool(rows[0].to_target)
     scored = any(not math.isnan(v) for r in rows for v in r.accuracy)
-    baseline = best_baseline(rows, config.baselines)
+    baseline = best_baseline(rows, config.baselines, config.metric)
     header = ["optimizer", *(list(AXES.values()) if timed else []), "train loss", *(["accuracy, %"] if scored else [])]
     header += ["mean log10 loss", "lost runs", "against the best baseline"]
     body = []
-    for r in sorted(rows, key=lambda r: (median(criterion(r)), median(r.train_loss), r.label)):
+    for r in sorted(rows, key=lambda r: (median(criterion(r, config.metric)), median(r.train_loss), r.label)):
         line = [r.label, *(summary(r.to_target[a], _FORMS[a]) for a in AXES if timed), summary(r.train_loss, ".4g")]
         line += [summary([100 * v for v in r.accuracy], ".2f")] if scored else []
-        word = "-" if baseline is None else "the baseline" if r is baseline else claim(r, baseline)
+        word = "-" if baseline is None else "the baseline" if r is baseline else claim(r, baseline, config.metric)
         body.append([*line, summary(r.area, ".3f"), f"{100 * r.lost:.0f} %", word])
     return header, body
 

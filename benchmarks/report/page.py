@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.files import atomic_write_text
 from benchmarks.protocol.clock import CLOCKS
 from benchmarks.protocol.comparison import SuiteConfig
+from benchmarks.protocol.statistics import LEAST_PAIRS
 from benchmarks.report.html import write_html
 from benchmarks.report.leaderboard import markdown, profile_table, repetition, seconds_table, task_table, tuning_table
 from benchmarks.report.records import AXES
@@ -50,6 +52,8 @@ def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
         parts.append(f"## {task}: {words}\n\n" + markdown(*task_table(rows, config)))
         parts.append(f"Tuning on {task}:\n\n" + markdown(*tuning_table(rows)))
         parts.append(f"Seconds of a run on {task}, medians:\n\n" + markdown(*seconds_table(rows)))
+        if target is not None and all(math.isinf(step) for r in rows for step in r.to_target["step"]):
+            parts.append("No run reached this target: it is a miss for all of them, and the task is in no profile.")
         lost = [f"- {r.label}: {reason}" for r in rows for reason in r.reasons]
         parts += ["Runs that did not end well:\n\n" + "\n".join(lost)] if lost else []
         parts += [figure.markdown(command) for figure in task_figures(rows, places, target, out)]
@@ -86,7 +90,8 @@ def _clock_facts(config: SuiteConfig, found: Sequence[Standing]) -> str:
     seeds = "the first seed" if config.retime == 1 else f"the first {config.retime} seeds"
     return (
         f"Seconds ({clocks}) are of each setting's runs of {seeds}, done once more after all others with nothing of the "
-        "suite beside them: to the target, what these had spent at the step at which the seed's own run reached it."
+        "suite beside them: to the target, what the seed's re-timed run (the median of all, where it has none) had spent at "
+        f"the step at which its first run reached it. A claim about seconds needs {LEAST_PAIRS} re-timed seeds."
     )
 
 

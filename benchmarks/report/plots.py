@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from benchmarks.files import atomic_write_bytes, atomic_write_text
 from benchmarks.report.records import AXES, RunRecord, by_label
 from curvopt.diagnostics.plots import style
 
@@ -56,13 +58,14 @@ class Drawn:
 
 def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> Path:
     """Write ``name.png``, the same as SVG, and its data as CSV; the path of the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
-    figure.savefig(path, dpi=200, bbox_inches="tight", metadata=_META)
+    path, pixels, lines = folder / f"{name}.png", io.BytesIO(), io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=200, bbox_inches="tight", metadata=_META)
     with matplotlib.rc_context({"svg.hashsalt": name}):  # for the page, sharp at any size
-        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        figure.savefig(lines, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
-    table.to_csv(folder / f"{name}.csv", index=False)
+    atomic_write_bytes(path, pixels.getvalue())
+    atomic_write_bytes(path.with_suffix(".svg"), lines.getvalue())
+    atomic_write_text(folder / f"{name}.csv", table.to_csv(index=False))
     return path
 
 

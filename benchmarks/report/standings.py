@@ -33,7 +33,7 @@ class Standing:
         seconds, wall_seconds: of each whole run, on its clock and by the wall clock; NaN for a run that left no record.
         clock: see ``benchmarks.protocol.clock.CLOCKS``; empty where no run says.
         retimed: runs of the first seeds done once more with nothing beside them; where there are any, seconds to the
-            target are what these had spent at the step at which the seed's own run reached it, their median.
+            target are what the seed's one (else their median) had spent at the step at which the first run reached it.
         repeats: of those, whether the numbers were the same bit for bit, see ``benchmarks.protocol.repeat.verdict``.
     """
 
@@ -113,7 +113,8 @@ def _standing(
     curves = [r.column("train_loss") for r in records]
     reached = {} if target is None else {a: [r.to_target(target, a) for r in records] for a in AXES}
     if reached and any(len(r.column("seconds")) for r in retimed):
-        reached["seconds"] = [_alone(step, retimed) for step in reached["step"]]
+        steps = zip(records, reached["step"], strict=True)
+        reached["seconds"] = [_alone(step, r.config.seed, retimed) for r, step in steps]
     given = {k: v for k, v in records[0].config.optimizer.items() if k not in ("file", "zoo", "label")}
     return Standing(
         task=unit.task,
@@ -139,9 +140,10 @@ def _standing(
     )
 
 
-def _alone(step: float, retimed: Sequence[RunRecord]) -> float:
-    """Seconds that the re-timed runs had spent at a step, their median; infinite for a miss."""
+def _alone(step: float, seed: int, retimed: Sequence[RunRecord]) -> float:
+    """Seconds that the seed's re-timed run had spent at a step, else the median of all; infinite for a miss."""
     if math.isinf(step):
         return math.inf
-    spent = [r.spent(step, "seconds") for r in retimed]
+    own = [r for r in retimed if r.config.seed == seed and len(r.column("seconds"))]
+    spent = [r.spent(step, "seconds") for r in own or retimed]
     return median([s for s in spent if not math.isnan(s)])

@@ -31,15 +31,22 @@ def best_baseline(rows: Sequence[Standing], baselines: Sequence[str], name: str 
 def judged(standing: Standing, baseline: Standing, name: str = "step") -> tuple[str, float]:
     """``"better"``, ``"worse"`` or ``"open"``, and the exact p of the paired test; ``"too few seeds"`` below six.
 
-    Ties of the medians are open whatever p is.
+    Ties of the medians are open whatever p is. Of seconds nothing is said below six re-timed seeds: one timing tells
+    nothing of its own error, however many seeds it is applied to.
     """
     mine, theirs = criterion(standing, name), criterion(baseline, name)
     if len(mine) < LEAST_PAIRS:
         return "too few seeds", math.nan
+    if name == "seconds" and standing.to_target and _timed(standing, baseline) < LEAST_PAIRS:
+        return "too few timings", math.nan
     p = paired_test(mine, theirs)
     if p >= 0.05 or median(mine) == median(theirs):
         return "open", p
     return "better" if median(mine) < median(theirs) else "worse", p
+
+
+def _timed(standing: Standing, baseline: Standing) -> int:
+    return min(len(standing.retimed), len(baseline.retimed))
 
 
 def claim(standing: Standing, baseline: Standing, name: str = "step") -> str:
@@ -47,6 +54,8 @@ def claim(standing: Standing, baseline: Standing, name: str = "step") -> str:
     word, p = judged(standing, baseline, name)
     if word == "too few seeds":
         return f"too few seeds ({len(criterion(standing, name))})"
+    if word == "too few timings":
+        return f"too few timings ({_timed(standing, baseline)}{_ratio(standing, baseline, name)})"
     words = "no difference shown" if word == "open" else word
     return f"{words} (p {p:.{2 if word == 'open' else 3}f}{_ratio(standing, baseline, name)})"
 
@@ -126,7 +135,9 @@ def _verdicts(found: Sequence[Standing], config: SuiteConfig) -> dict[str, dict[
 
 
 def _counts(words: Sequence[str]) -> str:
-    return ", ".join(f"{words.count(w)} {w}" for w in ("better", "worse", "open", "too few seeds") if w in words)
+    return ", ".join(
+        f"{words.count(w)} {w}" for w in ("better", "worse", "open", "too few seeds", "too few timings") if w in words
+    )
 
 
 def _counted(by_task: dict[str, str]) -> str:

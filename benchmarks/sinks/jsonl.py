@@ -177,9 +177,9 @@ class JsonlSink:
         try:
             while written < len(line):
                 written += file.write(line[written:])
-        except OSError:
+        except OSError as error:
             file.truncate(before)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merges into the summary and rewrites `summary.json`, all or nothing."""
@@ -213,11 +213,13 @@ class JsonlSink:
         """Brings everything to disk, notes the status and closes the file; a second call does nothing."""
         if self._file is None:
             return
-        self.sync()
-        self._head["status"] = status
-        self._write_head()
-        self._file.close()
-        self._file = None
+        try:
+            self.sync()
+            self._head["status"] = status
+            self._write_head()
+        finally:
+            self._file.close()
+            self._file = None
 
     def _cut(self, step: int) -> None:
         if self.path.exists():

@@ -22,9 +22,11 @@ class MultiSink:
 
     Args:
         sinks: The sinks; none at all is fine.
+        essential: Those whose failure is raised, once the others have been served.
     """
 
-    def __init__(self, sinks: Iterable[Sink]) -> None:
+    def __init__(self, sinks: Iterable[Sink], essential: Iterable[Sink] = ()) -> None:
+        self._essential = list(essential)
         self.sinks: list[Sink] = sorted(sinks, key=lambda sink: not isinstance(sink, JsonlSink))
         self._off: list[Sink] = []
 
@@ -71,10 +73,14 @@ class MultiSink:
                 sink.finish("failed")
 
     def _each(self, what: str, call: Callable[[Sink], None]) -> None:
+        failure: Exception | None = None
         for sink in list(self.sinks):
             try:
                 call(sink)
-            except Exception as error:  # whatever it is: a log must not end a run
+            except Exception as error:  # whatever it is: a log must not end a run, unless the run is nothing without it
+                if sink in self._essential:
+                    failure = error
+                    continue
                 self.sinks.remove(sink)
                 self._off.append(sink)
                 warnings.warn(
@@ -83,3 +89,5 @@ class MultiSink:
                     SinkWarning,
                     stacklevel=3,
                 )
+        if failure is not None:
+            raise failure

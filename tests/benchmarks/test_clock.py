@@ -85,6 +85,12 @@ def test_a_difference_in_the_last_bit_is_seen(tmp_path):
     assert repeat.difference(first, again) == f"train_loss at step 20: {value!r}, then {rows[2]['train_loss']!r}"
     (again / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:1]))
     assert repeat.difference(first, again) == "a record at step 10 only there"
+    # Of two runs that ended by the clock one may have come further.
+    rows = read_jsonl(first / "log.jsonl")
+    (again / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows[:2], {**rows[2], "train_loss": 9.0}]))
+    assert repeat.difference(first, again, timed=True) == ""
+    (again / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{**rows[0], "train_loss": 9.0}, *rows[1:]]))
+    assert "train_loss at step 0: " in repeat.difference(first, again, timed=True)
     (again / "log.jsonl").write_bytes((first / "log.jsonl").read_bytes())
     (again / "result.json").write_text('{"status": "diverged", "reason": "the loss was not finite"}')
     assert repeat.difference(first, again) == "done, then diverged the loss was not finite"

@@ -5,20 +5,25 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.config import ConfigError, settings
-from benchmarks.progress import RunProgress
+from benchmarks.config import ConfigError, compose_run, run_directory, settings
+from benchmarks.progress import RunProgress, Sender, show
 from benchmarks.protocol.comparison import Comparison, SuiteConfig, load_comparison, units
-from benchmarks.report.page import write_leaderboard
+from benchmarks.protocol.repeat import difference
+from benchmarks.protocol.train import execute
+from benchmarks.report.leaderboard import repetition
+from benchmarks.report.page import _csv, write_leaderboard
 from benchmarks.report.records import find_records
 from benchmarks.report.standings import standings
 
@@ -28,10 +33,13 @@ TINY = ["trials=3", "seeds=2", "optimizers=[sgd_momentum,interpolated_sgd]", "ba
 MEASURED = {"seconds", "run_seconds", "run_wall_seconds"}
 
 
-def _perform(out, *overrides, jobs=1):
+def _perform(out, *overrides, jobs=1, report=False):
     config, said = load_comparison("smoke", [*TINY, *overrides]), []
     Comparison(config, out, said.append).perform(RunProgress(enabled=False), jobs)
-    write_leaderboard(config, out, "test")
+    if report:
+        write_leaderboard(config, out, "test")
+    else:  # its table alone: the figures take longer than the runs
+        (out / "leaderboard.csv").write_text(_csv(standings(config, out)))
     return config, said
 
 
@@ -43,7 +51,7 @@ def _table(out):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
-    return out, *_perform(out)
+    return out, *_perform(out, report=True)
 
 
 def test_every_optimizer_gets_the_same_budget_and_every_run_a_row(unbroken):
@@ -58,6 +66,11 @@ def test_every_optimizer_gets_the_same_budget_and_every_run_a_row(unbroken):
     assert len(list((out / "runs").rglob("DONE"))) == 2 * 3 + 3 * 2
     assert any(line.startswith("[2/2] noisy_quadratic, interpolated_sgd: best lr=") for line in said)
     report = (out / "report.md").read_text()
+    # 40 steps are too few for the target: that is a row like any other.
+    assert (
+        "No run reached this target: it is a miss for all of them" in report
+        and "| missed | missed | missed |" in report
+    )
     assert "too few seeds (2)" in report and "the baseline" in report and "Tuning on noisy_quadratic" in report
 
 
@@ -105,16 +118,48 @@ def test_a_run_that_does_not_repeat_is_named_with_what_stands_in_the_way(unbroke
     log.write_text("\n".join(lines) + "\n")
     for note in (out / "retimed").rglob("repeat.json"):
         note.unlink()
-    _perform(out)
-    report = (out / "report.md").read_text()
+    config, _ = _perform(out)
+    report = repetition(standings(config, out))
     assert "Of 3 re-timed runs 1 did not give the same losses bit for bit:" in report
     assert "seed 0: NOT the same: train_loss at step 40: " in report
     assert "; no operation that torch knows as non-deterministic" in report
 
 
 def test_two_processes_give_the_same_table(unbroken, tmp_path):
-    _perform(tmp_path / "jobs", jobs=2)
-    assert _table(tmp_path / "jobs") == _table(unbroken[0])
+    out, said, progress = tmp_path / "jobs", [], RunProgress(enabled=False)
+    config = load_comparison("smoke", TINY)
+    Comparison(config, out, said.append).perform(progress, 2)
+    (out / "leaderboard.csv").write_text(_csv(standings(config, out)))
+    assert _table(out) == _table(unbroken[0])
+    # The workers told of every trial and every run: 2 x 3 of the search, 3 x 2 results, 3 alone.
+    assert sum(", best so far " in line for line in said) == 6 and sum(" alone: " in line for line in said) == 3
+    (bar,) = progress._bar.tasks
+    assert (bar.description, bar.completed, bar.total) == ("all runs", 15, 15)
+    assert "best so far" in bar.fields["phase"]
+
+
+def test_a_worker_tells_what_it_does():
+    told, said, progress = [], [], RunProgress(enabled=False)
+    worker = Sender(told.append)
+    progress.overall(4)
+    worker.begin("noisy quadratic: SGD, seed 0", 40)
+    worker.advance(10)
+    for message in told:
+        show(progress, message, said.append)
+    assert [bar.description for bar in progress._bar.tasks] == ["all runs", "noisy quadratic: SGD, seed 0"]
+    told.clear()
+    worker.finish_run()
+    worker.begin("noisy quadratic: SGD, seed 1", 40)
+    worker.count(2)
+    worker.note("best so far 0.1")
+    worker.print("a line")
+    for message in told:
+        show(progress, message, said.append)
+    overall, row = progress._bar.tasks
+    assert (overall.completed, overall.fields["phase"]) == (3, "best so far 0.1") and said == ["a line"]
+    assert row.description == "noisy quadratic: SGD, seed 1"
+    progress.clear()
+    assert progress._bar.tasks == [overall]
 
 
 def _killed(folder, kills, seed):
@@ -169,10 +214,59 @@ def test_killed_twenty_times(unbroken, tmp_path):
     _check_like(tmp_path / "suite-smoke", unbroken[0])
 
 
+@contextlib.contextmanager
+def _files_up_to(size):
+    """The operating system refuses every write beyond this size of a file, as a full disk refuses all of them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_without_room_it_stops_with_an_error_and_goes_on_later(unbroken, tmp_path, capsys):
+    command = ["suite", "smoke", *TINY, "--out", str(tmp_path)]
+    # A configuration takes 1,600 bytes, a checkpoint of this task 100,000: its matrix is among its state.
+    for size, file in ((1200, "config.json"), (50_000, "checkpoint.pt")):
+        with _files_up_to(size):
+            assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"error: [Errno 27] File too large: '{tmp_path}" in said and f"{file}'" in said
+        assert "once there is room, the same command goes on where this one stopped" in said
+        assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("DONE"))
+        assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("tuning/*/*"))
+    _perform(tmp_path / "suite-smoke")
+    _check_like(tmp_path / "suite-smoke", unbroken[0])
+
+
+def test_a_record_that_cannot_be_written_is_no_finished_run(tmp_path):
+    """Half a record would read as a run that never reached its target."""
+    given = [
+        "steps=200",
+        "log_every=1",
+        "checkpoint_every=1000",
+        "product_cost=3.0",
+        "route=loop",
+        "optimizer.lr=0.001",
+    ]
+    config = compose_run("noisy_quadratic", "sgd", [*given, "wandb.mode=disabled", f"out={tmp_path / 'full'}"])
+    folder = run_directory(config)
+    with _files_up_to(20_000), pytest.raises(OSError, match=r"File too large: '.*log\.jsonl'"):
+        execute(config)
+    assert not (folder / "DONE").exists() and not (folder / "result.json").exists()
+    log = (folder / "log.jsonl").read_bytes()
+    assert 19_000 < len(log) <= 20_000 and log.endswith(b"\n")  # the last line is whole
+    # Without a limit the same call does the rest, and the record is that of a run that was never stopped.
+    execute(config)
+    whole = execute(replace(config, out=str(tmp_path / "whole")))
+    assert difference(whole.folder.path, folder) == ""
+
+
 def test_an_optimizer_that_cannot_run_is_a_row_with_its_reason(tmp_path):
     # A dominant space as large as the whole: refused by the optimizer, not by the configuration.
     rank = PINNED.replace("steps=40", "steps=20,task.rank=500")
-    config, _ = _perform(tmp_path, rank)
+    config, _ = _perform(tmp_path, rank, report=True)
     rows = {r.label: r for r in standings(config, tmp_path)}
     assert rows["Interpolated SGD"].lost == 1.0 and "rank" in rows["Interpolated SGD"].reasons[0]
     assert rows["SGD with momentum"].lost == 0.0
@@ -205,6 +299,11 @@ def test_another_versions_folder_is_refused(tmp_path):
         (["smoke", "seeds=0"], "seeds must be at least 1, got 0"),
         (["smoke", "retime=3"], "retime must be at most seeds, 2, got 3"),
         (["smoke", "retime=-1"], "retime must be at least 0, got -1"),
+        (["smoke", "metric=secnds"], "unknown metric 'secnds': did you mean 'seconds'"),
+        (
+            ["smoke", "metric=fame"],
+            "unknown metric 'fame': known: gradient_equivalents, seconds, step, train_loss",
+        ),
         (["smoke", "seeds=many"], "could not be converted to Integer"),
         (["smoke", "trials"], "expected KEY=VALUE, got 'trials'"),
         (["smoke", "tasks=[digit_mlp]"], "unknown task 'digit_mlp': did you mean 'digits_mlp'"),

@@ -12,7 +12,14 @@ from benchmarks.config import compose_run, to_yaml
 from benchmarks.files import atomic_write_json
 from benchmarks.protocol.comparison import SuiteConfig, Unit
 from benchmarks.protocol.search import Trial, Tuned
-from benchmarks.report.leaderboard import markdown, profile_table, task_table, tuning_table
+from benchmarks.report.leaderboard import (
+    markdown,
+    profile_table,
+    repetition,
+    seconds_table,
+    task_table,
+    tuning_table,
+)
 from benchmarks.report.records import load_record
 from benchmarks.report.standings import _standing
 from benchmarks.report.suite_plots import (
@@ -61,7 +68,7 @@ def _tuned():
 
 def _row(folder, optimizer, label, reaches, status="done"):
     records = [_log(folder, optimizer, label, seed, r, status) for seed, r in enumerate(reaches)]
-    return _standing(Unit("noisy_quadratic", optimizer), label, records, 0.02, _tuned())
+    return _standing(Unit("noisy_quadratic", optimizer), label, records, 0.02, _tuned(), records, [{"same": True}] * 6)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +167,45 @@ def test_the_leaderboard_of_a_task(rows):
     assert text[0].startswith("| optimizer | steps |") and len(text) == 6
     assert text[1] == "|---|" + "---:|" * 7 + "---|"  # words to the left, numbers to the right
     assert markdown(["a", "b"], [["x|y", "1 <b>\n2"]]).splitlines()[2] == "| x\\|y | 1 \\<b> 2 |"
+
+
+def test_nothing_is_said_of_seconds_that_were_timed_once(rows):
+    few = [dataclasses.replace(rows[name], retimed=rows[name].retimed[:1]) for name in ("fast", "base")]
+    assert claim(*few, "seconds") == "too few timings (1, x0.50 [0.50, 0.50])"
+    assert claim(*few).startswith("better (p 0.031") and judged(*few, "seconds")[0] == "too few timings"
+    assert judged(rows["fast"], rows["base"], "seconds")[0] == "better"
+    slow = dataclasses.replace(rows["fast"], to_target={**rows["fast"].to_target, "seconds": [500.0] * 6})
+    for metric, first in (("step", "fast"), ("seconds", "base")):
+        config = SuiteConfig(baselines=["sgd_momentum"], metric=metric)
+        assert task_table([slow, rows["base"]], config)[1][0][0] == first
+
+
+def test_seconds_are_those_of_the_seeds_that_were_timed_alone(tmp_path):
+    """First runs at half a second a step, two seeds once more at 0.1 and 0.3; step 20 is the target's."""
+    records = [_log(tmp_path / "first", "sgd_momentum", "base", seed, 20) for seed in range(3)]
+    again = [_log(tmp_path / "again", "sgd_momentum", "base", seed, 20) for seed in range(2)]
+    for record, pace in zip(again, (0.1, 0.3), strict=True):
+        record.frame["seconds"] = [pace * step for step in record.frame.index]
+    unit, same = Unit("noisy_quadratic", "sgd_momentum"), {"same": True}
+    row = _standing(unit, "base", records, 0.02, _tuned(), again, [same, same])
+    assert row.to_target["seconds"] == pytest.approx([2.0, 6.0, 4.0])  # the third has no timing of its own: the median
+    assert row.to_target["step"] == [20.0] * 3 and row.seconds == [20.0] * 3
+    header, (line,) = seconds_table([row])
+    assert dict(zip(header, line, strict=True))["ms a step"] == "200.000" and line[-1] == "2 of 2"
+    assert repetition([row]) == "All 2 re-timed runs gave the same losses bit for bit."
+    other = {
+        "same": False,
+        "difference": "train_loss at step 10: 1.0, then 2.0",
+        "operations": ["put_"],
+        "surroundings": [],
+    }
+    text = repetition([dataclasses.replace(row, repeats=[same, other])])
+    assert text.startswith("Of 2 re-timed runs 1 did not give the same losses bit for bit:")
+    assert text.endswith(
+        "- noisy_quadratic, base, seed 1: NOT the same: train_loss at step 10: 1.0, then 2.0; "
+        "non-deterministic operation: put_"
+    )
+    assert repetition([dataclasses.replace(row, retimed=[], repeats=[])]).startswith("No run was done twice")
 
 
 def test_the_cost_of_tuning(rows):
