@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvopt.curvature.data import Batch, map_tensors
-from curvopt.curvature.graphs import measured_bytes
+from curvopt.curvature.data import Batch, map_tensors, tensors_in
+from curvopt.curvature.graphs import measured_bytes, saved_bytes
 from curvopt.curvature.jacobian import Outputs
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import (
@@ -207,8 +207,15 @@ def _counted(meta: _OnMeta, gauss_newton: bool) -> tuple[float, float, int] | No
             return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
         return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
 
-    (slopes, size), setup = _flops(lambda: measured_bytes(record, torch.device("cpu")))
+    slopes, setup = _flops(record)
     used = [g for g in slopes if g is not None and g.requires_grad]
+    size = saved_bytes(used, [*meta.leaves, *tensors_in(meta.batch.raw)])
+    if size is None:  # packed by hooks
+        size = measured_bytes(record, torch.device("cpu"))[1]
+    if (
+        gauss_newton and meta.problem.layout.device.type == "cpu"
+    ):  # the pull is recorded at zero, and zeros are not multiplied
+        setup = _flops(meta.outputs)[1]
     rows = [torch.empty_like(g) for g in used]
 
     def product() -> None:

@@ -14,6 +14,7 @@ from curvopt.curvature.data import Batch
 from curvopt.curvature.differences import displaced, scale_of, step_length
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import Buffers, gradients
+from curvopt.curvature.zeros import zeros_not_multiplied
 
 WAY_OUT = "forward=lambda m, b: m(**inputs(b)).logits"
 
@@ -128,7 +129,8 @@ class BatchJacobian:
 
     def _record(self) -> None:
         self._dummies = [torch.zeros_like(o, requires_grad=True) for o in self.outputs.tensors]
-        pulled = gradients(self.outputs.tensors, self.leaves, self._dummies, create_graph=True)
+        with zeros_not_multiplied(self.leaves[0].device):
+            pulled = gradients(self.outputs.tensors, self.leaves, self._dummies, create_graph=True)
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         lost = [self.problem.layout.names[i] for i, g in enumerate(pulled) if g is not None and not g.requires_grad]
         if lost:
