@@ -162,8 +162,17 @@ class Comparison:
         ]
 
     # ---- one optimizer on one task
-    def tune(self, unit: Unit, progress: RunProgress) -> Tuned:
-        """The search, or what an earlier call found with the same settings of the suite."""
+    def tune(self, unit: Unit, progress: RunProgress, *, reading: bool = False) -> Tuned:
+        """The search, or what an earlier call found with the same settings of the suite.
+
+        Args:
+            unit: what is tuned.
+            progress: the bar.
+            reading: for a report, which takes what is there and runs nothing.
+
+        Raises:
+            ConfigError: ``reading``, and there is no finished search with these settings.
+        """
         common = [*self.overrides(unit.task), *self._stop(unit.task, ["train_loss"])]
         seeds = range(TUNING_SEED, TUNING_SEED + self.config.tuning_seeds)
         grid = self.config.grid.get(unit.optimizer)
@@ -179,6 +188,11 @@ class Comparison:
             if found.get("stamp") == stamp:
                 progress.count(self.config.trials * len(seeds))
                 return Tuned(found["key"], [Trial(**t) for t in found["trials"]])
+        if reading:
+            on = f"{unit.optimizer} is not tuned on {unit.task} yet"
+            if path.exists():
+                on = f"{unit.optimizer} was tuned with other settings or by another version on {unit.task}"
+            raise ConfigError(f"{self.out}: {on}: run the suite to its end")
 
         scores: list[float] = []
 

@@ -13,7 +13,7 @@ from benchmarks.report.records import AXES
 from benchmarks.report.standings import Standing
 from benchmarks.report.verdicts import best_baseline, claim, criterion
 
-_NUMBER = re.compile(r"[-+]?[0-9.]|missed|-$")
+_NUMBER = re.compile(r"[*_]*[-+]?[0-9.]|missed|-$")
 _FORMS = {"step": ".0f", "gradient_equivalents": ".0f", "seconds": ".2f"}
 
 
@@ -125,4 +125,5 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"([|<*`\\])", r"\\\1", " ".join(text.split()))
+    """Text that is no markup of the table; stars may stand for emphasis."""
+    return re.sub(r"([|<`\\])", r"\\\1", " ".join(text.split()))

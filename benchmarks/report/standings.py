@@ -69,10 +69,7 @@ def standings(config: SuiteConfig, out: Path) -> list[Standing]:
 
 
 def _unit(suite: Comparison, unit: Unit) -> list[Standing]:
-    path = suite.out / "tuning" / unit.task / f"{unit.optimizer}.json"
-    if not path.exists():
-        raise ConfigError(f"{suite.out}: {unit.optimizer} is not tuned on {unit.task} yet: run the suite to its end")
-    tuned = suite.tune(unit, RunProgress(enabled=False))  # reads the file
+    tuned = suite.tune(unit, RunProgress(enabled=False), reading=True)
     runs = suite.finals(unit, tuned)
     first = _by_label(suite, runs, "result.json")
     again = _by_label(suite, suite.retimed(runs), "repeat.json")

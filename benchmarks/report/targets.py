@@ -16,6 +16,7 @@ from benchmarks.protocol.comparison import Comparison, SuiteConfig, Unit, units
 from benchmarks.protocol.ratios import Versus, versus
 from benchmarks.protocol.search import Tuned
 from benchmarks.protocol.statistics import median, summary
+from benchmarks.report.html import write_html
 from benchmarks.report.leaderboard import markdown
 from benchmarks.report.records import RunRecord, load_record
 from benchmarks.sinks.jsonl import encode
@@ -63,7 +64,7 @@ def entrants(config: SuiteConfig, out: Path) -> tuple[list[Entrant], list[Unit]]
         if not (out / "tuning" / unit.task / f"{unit.optimizer}.json").exists():
             missing.append(unit)
             continue
-        tuned = suite.tune(unit, quiet)  # reads the file
+        tuned = suite.tune(unit, quiet, reading=True)
         groups: dict[str, list[Path]] = {}
         for run in suite.finals(unit, tuned):
             groups.setdefault(str(run.optimizer["label"]), []).append(run_directory(run))
@@ -240,7 +241,7 @@ _RATIOS = (
 
 
 def write_targets(config: SuiteConfig, out: Path, command: str, page: Path | None = None) -> Path:
-    """Write ``report.md`` and ``report.json`` to the suite's folder, and to a page of its own if asked for.
+    """Write ``report.md``, ``.html`` and ``.json`` to the suite's folder, and to a page of its own if asked for.
 
     What is not finished is named and left out.
     """
@@ -279,6 +280,7 @@ def write_targets(config: SuiteConfig, out: Path, command: str, page: Path | Non
     for path in (out / "report.md", *([] if page is None else [page])):
         atomic_write_text(path, text)
         atomic_write_json(path.with_suffix(".json"), encode(_numbers(found, suite, command)))
+    write_html(out / "report.md")
     return page or out / "report.md"
 
 

@@ -137,6 +137,18 @@ def test_the_report_is_made_again_from_the_folder_alone(suite, tmp_path, capsys,
     assert main(["report", str(copy)]) == 2 and "holds a suite of format 99" in capsys.readouterr().err
 
 
+def test_a_report_runs_nothing_where_the_tuning_is_anothers(suite, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(suite, copy)
+    path = copy / "tuning" / "noisy_quadratic" / "sgd_momentum.json"
+    found = path.read_text()
+    path.write_text(re.sub(r'"stamp": "\w+"', '"stamp": "another"', found))
+    assert main(["report", str(copy)]) == 2
+    assert "sgd_momentum was tuned with other settings or by another version on noisy_quadratic: run the" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_page_of_a_comparison_on_one_task(suite, tmp_path):
     folders = [p.parent for p in sorted((suite / "runs").rglob("config.yaml")) if p.parent.name == "seed-0"]
     path = write_report(folders, tmp_path, Console(file=io.StringIO()))
