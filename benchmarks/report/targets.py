@@ -104,8 +104,8 @@ def in_words(result: Versus, seeds: int) -> str:
     def number(value: float) -> str:
         return "inf" if math.isinf(value) else f"{value:.2f}"
 
-    r, verdict = result.ratio, {"won": "**", "lost": "_"}.get(result.word, "")
-    shown = f"{verdict}{number(r.value)}{verdict} [{number(r.low)}, {number(r.high)}]"
+    r = result.ratio
+    shown = f"{number(r.value)} [{number(r.low)}, {number(r.high)}]"
     p = "" if math.isnan(result.p) else f", p {result.p:.3f}"
     return f"{shown}{p}, {result.rival}"
 
@@ -216,8 +216,10 @@ def _facts(config: SuiteConfig, out: Path, seeds: int) -> list[str]:
     places = sorted({(m.get("processor", "?"), m.get("torch", "?"), m.get("commit", "?")) for m in metas})
     dates = sorted({str(m.get("date", "?"))[:10] for m in metas}) or ["?"]
     first = Comparison(config, out).first(config.tasks[0])
-    clocks = sorted({str(json.loads(p.read_text()).get("clock", "wall")) for p in (out / "runs").rglob("result.json")})
-    kind = "CPU seconds of the process, one thread" if clocks == ["process"] else "seconds"
+    results = [json.loads(p.read_text()) for p in sorted((out / "runs").rglob("result.json"))]
+    clocks = {r["clock"] for r in results if "clock" in r}
+    waited = [r["wall_seconds"] / r["seconds"] for r in results if r.get("clock") == "process" and r["seconds"] > 0]
+    kind = "CPU seconds of the process, one thread" if clocks == {"process"} else "seconds"
     limit = f"{first.max_seconds:g} s of training" if first.max_seconds else "its last step"
     return [
         f"Each optimizer was tuned with {config.trials} settings on {config.tuning_seeds} seed(s) apart, the same number for "
@@ -229,6 +231,14 @@ def _facts(config: SuiteConfig, out: Path, seeds: int) -> list[str]:
         *([_RATIOS] if config.ours else []),
         *(f"Measured on {cpu}, torch {version}, commit {commit}." for cpu, version, commit in places),
         f"Dates: {dates[0]} to {dates[-1]}.",
+        *(
+            [
+                f"A run took {median(waited):.1f} times as long by the wall clock as its CPU seconds (median): above 1 the "
+                "machine had other work beside it, which makes CPU seconds longer too, for all methods."
+            ]
+            if waited
+            else []
+        ),
     ]
 
 
@@ -249,8 +259,7 @@ def write_targets(config: SuiteConfig, out: Path, command: str, page: Path | Non
     suite = Comparison(config, out)
     parts = [f"# {config.title}", *_facts(config, out, config.seeds)]
     if missing:
-        names = ", ".join(f"{u.optimizer} on {u.task}" for u in missing)
-        parts.append(f"Not finished, so left out, as a rival too: {names}.")
+        parts.append(f"Not finished, so left out, as a rival too: {_named(missing, config)}.")
     header, body = summary_table(found, suite)
     if body:
         parts += ["## Ours against the best rival", markdown(header, body), _count(found, suite)]
@@ -282,6 +291,15 @@ def write_targets(config: SuiteConfig, out: Path, command: str, page: Path | Non
         atomic_write_json(path.with_suffix(".json"), encode(_numbers(found, suite, command)))
     write_html(out / "report.md")
     return page or out / "report.md"
+
+
+def _named(missing: Sequence[Unit], config: SuiteConfig) -> str:
+    by_task = {task: [u.optimizer for u in missing if u.task == task] for task in config.tasks}
+    whole = [f"all on {task}" for task, names in by_task.items() if len(names) == len(config.optimizers)]
+    some = [
+        f"{', '.join(names)} on {task}" for task, names in by_task.items() if 0 < len(names) < len(config.optimizers)
+    ]
+    return "; ".join([*some, *whole])
 
 
 def _count(found: Sequence[Entrant], suite: Comparison) -> str:
