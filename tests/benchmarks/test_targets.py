@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,16 @@ from benchmarks.protocol.comparison import Comparison, SuiteConfig, load_compari
 from benchmarks.protocol.ratios import best_of, ratios, versus
 from benchmarks.protocol.search import Trial, Tuned, along, judge
 from benchmarks.report.records import load_record
-from benchmarks.report.targets import Entrant, compare, end_table, in_words, reach_table, reasons, summary_table
+from benchmarks.report.targets import (
+    Entrant,
+    at_least,
+    compare,
+    end_table,
+    in_words,
+    reach_table,
+    reasons,
+    summary_table,
+)
 from benchmarks.sinks.jsonl import encode
 
 INF = math.inf
@@ -120,6 +130,26 @@ def test_ratios_of_hand_made_records(rows):
     assert compare(rows, "solution_error", 0.1)["ours"].word == "nobody"
     assert in_words(compare(rows, "solution_error", 0.1)["ours"], 6) == "nobody got there"
     assert in_words(compare(rows, "train_loss", 1e-4)["ours"], 6) != in_words(loose, 6)
+
+
+def test_a_rival_that_misses_is_only_known_to_need_more_than_it_was_given(rows):
+    def least(entrants, target=1e-4):
+        return at_least(entrants, "ours", compare(entrants, "train_loss", target)["ours"], "train_loss", target)
+
+    # 7.5 / 3 on five seeds, and on the one that missed the 4 s at its end
+    assert least(rows) == 2.5
+    # nobody but ours at a loss between: "quick" ends after 9 s, "half" after 7.5 s and once 4 s, "lost" says nothing
+    reached = [r for r in rows if r.label != "lost"]
+    alone = [replace(r, records=[_cut(x) for x in r.records]) if not r.ours else r for r in reached]
+    assert compare(alone, "train_loss", 1e-4)["ours"].word == "ours alone"
+    assert least(alone) == pytest.approx(1 / 3)  # "quick" was given a second
+    assert in_words(compare(alone, "train_loss", 1e-4)["ours"], 6, least(alone)) == "only ours, 6 of 6; at least 0.33"
+    assert math.isnan(at_least(rows, "ours", compare(rows, "train_loss", 1e-9)["ours"], "train_loss", 1e-9))
+
+
+def _cut(record):
+    """The same run, ended after its second record."""
+    return replace(record, frame=record.frame.iloc[:2])
 
 
 def test_tables_of_hand_made_records(rows):
