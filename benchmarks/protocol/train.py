@@ -254,7 +254,8 @@ class Run:
         return gradient
 
     def _rate(self) -> dict[str, float]:
-        lr = float(self._at_work.param_groups[0].get("lr") or math.nan)
+        lr = self._at_work.param_groups[0].get("lr")
+        lr = math.nan if lr is None else float(lr)  # 0 at the end of a schedule
         return {"lr": lr, "edge": 2.0 / lr if lr > 0 else math.inf}
 
     def _evaluating(self) -> ExitStack:

@@ -205,7 +205,9 @@ class _Solver:
             chains = math.isqrt(wanted - 1) + 1 if plan.max_matvecs >= 2 * plan.k else wanted
             chains = max(1, min(chains, (basis.capacity - 2) // 2, basis.size // 2, plan.max_matvecs))
             generator = basis.generator
-            signs = torch.randint(2, (rank,), generator=generator, device=block.device).to(block.dtype) * 2 - 1
+            # Random, and the same for a row and its negative: rounding decides which of the two an eigenvector is.
+            probe = torch.randn(basis.size, generator=generator, dtype=block.dtype, device=block.device)
+            signs = torch.where(rows @ probe < 0, -1.0, 1.0).to(block.dtype)
             fresh = random_orthogonal(rows, generator)
             rows = torch.stack([signs[i::chains] @ rows[i::chains] for i in range(chains)])
             rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
