@@ -135,7 +135,7 @@ def test_krylov_where_there_is_no_gap():
     turn(op, 0.2, 2, 30)
     report = s.refresh()
     assert report.kind == "krylov"
-    assert report.matvecs <= 11  # max(2k, k + 6)
+    assert report.matvecs <= 13  # the cap, 2.6 k: the signs of the mixed start decide whether 11 are enough
     assert overlap(s.basis, op.eigenvectors(list(range(5)))) > 0.99
 
 
