@@ -17,7 +17,6 @@ from curvopt.linalg.orthogonal import (
     random_orthogonal,
     remove_components,
     rotate_rows,
-    seeded_generator,
 )
 
 
@@ -59,15 +58,15 @@ class KrylovBasis:
     Args:
         op: the operator.
         capacity: rows that fit; memory is capacity x P in the operator's dtype.
-        seed: of the random directions.
+        generator: of the random directions.
     """
 
-    def __init__(self, op: SymmetricOperator, capacity: int, seed: int) -> None:
+    def __init__(self, op: SymmetricOperator, capacity: int, generator: torch.Generator) -> None:
         self.op = op
         self.size = op.shape[0]
         self.capacity = capacity
         self.rows = torch.empty(capacity, self.size, dtype=op.dtype, device=op.device)
-        self.generator = seeded_generator(seed, op.device)
+        self.generator = generator
         self.n = 0
         self.closed: list[int] = []
         self.open: list[int] = []

@@ -80,14 +80,17 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
     vector = s.parameters.total * s.parameters.dtype.itemsize
     known = getattr(operator, "cost", None)
     base = Cost(1, *_UNKNOWN, math.nan, 0, vector, "rule") if known is None else known(dry_run=dry_run)
+    warm = Plan(s.rank, s.tol, s.max_matvecs, 0).warm_matvecs
     if engine.history is not None:
         base, first, later = Cost(0, 0.0, 0.0, 0.0, 0, vector, "counted"), 0, 0
     else:
         layers = len(s.groups)
         first = s.max_matvecs * layers
-        warm = Plan(s.rank, s.tol, s.max_matvecs, 0).warm_matvecs
         later = s.planned_matvecs if s.ready else layers * min(s.max_matvecs, s.rank + 1 + warm)
-    solver = min(2 * (s.rank + 1) + 20, s.parameters.total) + 1 + s.rank + 1
+    k, cold = s.rank + 1, min(2 * (s.rank + 1) + 20, s.parameters.total) + 1
+    chains = math.isqrt(s.rank) + 1
+    # The solver's basis, and the answer; or a warm one's smaller basis, its start, and the chains' first rows twice.
+    solver = k + max(cold, min(cold, warm + 3 + chains) + 2 * chains)
     overhead = engine.config.overhead if engine.config.refresh_every == "auto" else None
     return OptimizerCost(
         first=base.of(first),

@@ -286,10 +286,9 @@ class DominantSubspace:
     def _cached(self, g: int, dtype: torch.dtype, cold: bool) -> Cached:
         spectrum, group = self._spectrum(g, cold), self.groups[g]
         if spectrum.live == 0:  # nothing to start from: no copy of nothing
-            none = torch.zeros(0, self._size(g), dtype=dtype, device=self.parameters.device)
-            return Cached(spectrum, none, none.new_zeros(self._size(g)))
+            return Cached(spectrum, torch.zeros(1, self._size(g), dtype=dtype, device=self.parameters.device))
         probe = torch.cat([self.probes[i].reshape(-1) for i in group])
-        return Cached(spectrum, self._rows(group, dtype)[: spectrum.live], probe.to(dtype))
+        return Cached(spectrum, torch.cat([self._rows(group, dtype)[: spectrum.live], probe.to(dtype)[None]]))
 
     def _solve(
         self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None, start: Tensor | None = None

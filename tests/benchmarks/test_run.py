@@ -113,9 +113,9 @@ def test_the_shares_of_bulk_and_dom_sgd(tmp_path):
     for outcome, expected in ((bulk, 0.0), (dom, 1.0)):
         records = {r["step"]: r for r in read_jsonl(outcome.folder.log)}
         for step in (0, 10):
-            # At no gap, as here, a warm basis overlaps by .99 with the exact one: of three directions an energy of .03 may
-            # be missing, and as much of the meter's own, so that a share of sqrt(.06) is nothing wrong.
-            assert records[step]["chi_update"] == pytest.approx(expected, abs=0.25)
+            # No gap, and the first ten steps leave less than half of the basis standing. A thousandth of the span may be
+            # missing, of three directions .003, and the gradient's share in them is of that order: .009 was measured.
+            assert records[step]["chi_update"] == pytest.approx(expected, abs=0.03)
             assert records[step]["basis_age"] == 0 or step == 10
         assert records[20]["products"] > 0 and records[20]["refreshes"] == 2
         spent = records[20]["products"]

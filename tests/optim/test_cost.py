@@ -33,7 +33,7 @@ def test_a_dry_run_says_products_and_bytes_before_the_first_refresh():
     size = 30 * 20 + 20 + 20 * 5 + 5
     cost = opt.cost(dry_run=True)
     assert cost.first.products == 4 * 4 + 20  # max_matvecs
-    assert cost.refresh.products == (4 + 1) + 11  # an image and a warm chain of 2.6 k after it
+    assert cost.refresh.products == (4 + 1) + 11 + 8  # an image and warm chains of 2.6 k + 8 after it
     assert cost.basis_bytes == (4 + 1) * size * 4
     assert math.isnan(cost.first.seconds)
     assert math.isnan(cost.projection_seconds)
@@ -42,12 +42,13 @@ def test_a_dry_run_says_products_and_bytes_before_the_first_refresh():
     assert opt.subspace.refreshes == 0
 
 
-def test_the_bytes_of_the_solver_bound_what_a_refresh_allocates():
+@pytest.mark.parametrize("rank", [4, 10])
+def test_the_bytes_of_the_solver_bound_what_a_refresh_allocates(rank):
     torch.manual_seed(0)  # large enough that vectors outweigh the solver's small matrices
     model = nn.Sequential(nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 5))
     data = (torch.randn(20, 400), torch.randint(5, (20,)))
     curvature = curvopt.Hessian(model, nn.CrossEntropyLoss(), data, route="loop")
-    opt = curvopt.BulkSGD(model.parameters(), lr=0.01, curvature=curvature, rank=4, tol=0.5)
+    opt = curvopt.BulkSGD(model.parameters(), lr=0.01, curvature=curvature, rank=rank, tol=0.5)
     cost = opt.cost(dry_run=True)
     for _ in range(2):  # cold, then warm
         peak, left = peak_bytes(opt.refresh, torch.device("cpu"))

@@ -64,6 +64,22 @@ def test_the_default_tolerance_stops_when_the_span_stands():
     assert report.converged and 20 <= report.matvecs <= 26
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_basis_that_has_gone_half_wrong_gets_more_products(seed):
+    op = planted(CROWDED, bulk=2.4)
+    s = DominantSubspace(op, 4, tol=1e-3, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        s.refresh()
+        for i in range(4):
+            turn(op, 0.8 + 0.2 * i, i, 40 + i)
+        exact = op.eigenvectors(list(range(4)))
+        assert overlap(s.basis, exact) < 0.5
+        report = s.refresh()
+    assert 11 < report.matvecs <= 11 + 8  # 2.6 k, and the eight that are kept for this
+    assert overlap(s.basis, exact) >= 0.99
+
+
 @pytest.mark.parametrize("size", [400, 20_000])
 def test_a_new_leader_is_found_without_a_gap(size):
     # The new leader is orthogonal to all that is cached, probe included: only the noise of one chain can see it.
