@@ -33,7 +33,6 @@ from curvopt.curvature.graphs import GradientGraph
 from curvopt.curvature.hessian import ProblemOperator
 from curvopt.curvature.jacobian import Outputs
 from curvopt.curvature.losses import KnownLoss
-from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import gradients
 
@@ -255,18 +254,9 @@ class BackpackOperator(ProblemOperator):
         super().__init__(problem)
         self.kind = kind
         self._cache = FactorCache(problem, graph_budget, lambda batch: _ProductGraph(problem, batch, kind))
-        self._holds = 0
 
-    @contextmanager
-    def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep the batches' graphs until the outermost block ends."""
-        self._holds += 1
-        try:
-            yield self
-        finally:
-            self._holds -= 1
-            if self._holds == 0:
-                self._cache.clear()
+    def _release(self) -> None:
+        self._cache.clear()
 
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)

@@ -72,7 +72,6 @@ class ClosureHessian(SymmetricOperator):
         self.closure = closure
         self._base: Tensor | None = None
         self._base_point: tuple[object, ...] | None = None
-        self._holds = 0
 
     # ---- what it is
     @property
@@ -112,16 +111,8 @@ class ClosureHessian(SymmetricOperator):
         self.seed = int(seed)
         self._changed()
 
-    @contextmanager
-    def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep the base gradient of one-sided differences until the block ends."""
-        self._holds += 1
-        try:
-            yield self
-        finally:
-            self._holds -= 1
-            if self._holds == 0:
-                self._base = None
+    def _release(self) -> None:
+        self._base = None
 
     def cost(self, products: int = 1, *, dry_run: bool = False) -> Cost:
         """What ``products`` products take in calls of the closure, which are the gradients here.

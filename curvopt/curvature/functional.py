@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from curvopt.curvature.hessian import METHODS, ProblemOperator
 from curvopt.curvature.jacobian import Outputs, loss_on_outputs
 from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.losses import output_gradient
-from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import gradients
 
@@ -144,7 +142,6 @@ class FunctionalHessian(ProblemOperator):
         super().__init__(problem)
         self.method = "finite_difference" if method == "finite_difference" else "double_backward"
         self._cache = FactorCache(problem, graph_budget, lambda batch: FunctionalGraph(problem, batch, self.method))
-        self._holds = 0
         if check and self.method == "double_backward":
             probe = probe_double_backward(problem)
             if probe.failed:
@@ -157,16 +154,8 @@ class FunctionalHessian(ProblemOperator):
                 )
                 self.method = "finite_difference"
 
-    @contextmanager
-    def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep the batches' graphs until the outermost block ends; a graph whose weights changed is rebuilt."""
-        self._holds += 1
-        try:
-            yield self
-        finally:
-            self._holds -= 1
-            if self._holds == 0:
-                self._cache.clear()
+    def _release(self) -> None:
+        self._cache.clear()
 
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from curvopt.curvature.hessian import METHODS, ProblemOperator
 from curvopt.curvature.jacobian import BatchJacobian, Outputs, batch_targets, loss_on_outputs
 from curvopt.curvature.layers import group_by_layer
 from curvopt.curvature.losses import by_autograd, closed_form
-from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.problem import Problem
 
 Middle = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -87,7 +85,6 @@ class JacobianOperator(ProblemOperator):
         ProblemOperator.__init__(self, problem)
         self.method = "finite_difference" if method == "finite_difference" else "double_backward"
         self._cache = FactorCache(problem, graph_budget, self._factor)
-        self._holds = 0
         if check:
             try:
                 self._probe()
@@ -116,16 +113,8 @@ class JacobianOperator(ProblemOperator):
         """Bytes of graphs kept at a time."""
         return self._cache.budget
 
-    @contextmanager
-    def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep the batches' graphs until the outermost block ends; a graph whose weights changed is rebuilt."""
-        self._holds += 1
-        try:
-            yield self
-        finally:
-            self._holds -= 1
-            if self._holds == 0:
-                self._cache.clear()
+    def _release(self) -> None:
+        self._cache.clear()
 
     def layers(self: Self) -> dict[str, Self]:
         """One operator a layer, by the dotted name of the owning module: the diagonal block of its parameters.

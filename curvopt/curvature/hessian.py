@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -237,7 +236,6 @@ class Hessian(ProblemOperator):
         self._scale: tuple[object, Tensor] | None = None
         self._route = Route(route)
         self._graphs: GraphCache[GradientGraph] = GraphCache(problem, graph_budget)
-        self._holds = 0
         self._displaced: list[Tensor] | None = None
         self.probe: Probe | None = None
         self.method = "finite_difference" if method == "finite_difference" else "double_backward"
@@ -285,17 +283,9 @@ class Hessian(ProblemOperator):
         return self._graphs.bytes_of_one
 
     # ---- life time
-    @contextmanager
-    def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep the gradient's graph until the outermost block ends; a graph whose weights changed is rebuilt."""
-        self._holds += 1
-        try:
-            yield self
-        finally:
-            self._holds -= 1
-            if self._holds == 0:
-                self._graphs.clear()
-                self._displaced = self._base = self._scale = None
+    def _release(self) -> None:
+        self._graphs.clear()
+        self._displaced = self._base = self._scale = None
 
     # ---- products
     def _multiply(self, rows: Tensor) -> Tensor:

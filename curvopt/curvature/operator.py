@@ -43,6 +43,7 @@ class SymmetricOperator:
         self._device = torch.device(device)
         self.layout = layout
         self.matvecs = 0
+        self._holds = 0
 
     # ---- what it is
     @property
@@ -68,11 +69,20 @@ class SymmetricOperator:
     # ---- life time
     @contextmanager
     def hold(self) -> Iterator[SymmetricOperator]:
-        """Keep what products share until the block ends; may be nested."""
+        """Keep what products share until the outermost block ends; what changed weights made stale is built anew."""
         with ExitStack() as stack:
             for child in self.children:
                 stack.enter_context(child.hold())
-            yield self
+            self._holds += 1
+            try:
+                yield self
+            finally:
+                self._holds -= 1
+                if self._holds == 0:
+                    self._release()
+
+    def _release(self) -> None:
+        """Free what the products inside ``hold`` shared."""
 
     def renew(self, generation: int) -> None:
         """Become the matrix of this generation: callables and loaders are read anew, masks drawn anew.

@@ -1,8 +1,8 @@
-"""What SubspaceSGD and SubspaceScaled show of their subspace to the user."""
+"""What the optimizers share: what they show of their subspace, their groups in words, settings that groups share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from curvopt.curvature.operator import SymmetricOperator
@@ -69,6 +69,24 @@ class SubspaceOptimizer:
         Steps at lr 0 are not counted: nothing moves in them.
         """
         return self._engine.stats()
+
+
+def agreed(groups: Sequence[Mapping[str, Any]], names: Iterable[str], why: str) -> dict[str, Any]:
+    """The settings that all parameter groups must share.
+
+    Raises:
+        ValueError: they differ; the text names the setting, ``why`` it is shared, and the values.
+    """
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [g[name] for g in groups]
+        if any(v != values[0] for v in values):
+            raise ValueError(
+                f"all parameter groups {why}, so their {name} must agree, got {values}; to keep a parameter where it is, "
+                "call its requires_grad_(False) before building the optimizer"
+            )
+        found[name] = values[0]
+    return found
 
 
 def describe(groups: list[dict[str, Any]], **settings: Any) -> str:

@@ -14,11 +14,12 @@ from curvopt._params import ParameterLayout
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.curvature.quiet import refuse_inference_mode
 from curvopt.optim import lbfgs_saving as saving
-from curvopt.optim.base import Closure, SubspaceOptimizer, describe
+from curvopt.optim.base import Closure, SubspaceOptimizer, agreed, describe
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.guards import RefusalCount
 from curvopt.optim.initial_matrix import InitialMatrix, make_schedule
 from curvopt.optim.lbfgs_iteration import QuasiNewton, Settings
+from curvopt.optim.saving import load_with
 
 
 class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
@@ -139,16 +140,8 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
     # ---- the step
     def _settings(self) -> Settings:
         """What all groups agree on."""
-        found: dict[str, Any] = {}
-        for name in Settings.__dataclass_fields__:
-            values = [g[name] for g in self.param_groups]
-            if any(v != values[0] for v in values):
-                raise ValueError(
-                    f"all parameter groups share one line search, so their {name} must agree, got {values}; to keep a "
-                    "parameter where it is, call its requires_grad_(False) before building the optimizer"
-                )
-            found[name] = float(values[0]) if name == "lr" else values[0]
-        return Settings(**found)
+        found = agreed(self.param_groups, Settings.__dataclass_fields__, "share one line search")
+        return Settings(**{**found, "lr": float(found["lr"])})
 
     def step(self, closure: Closure | None = None) -> Any:
         """Run up to ``max_iter`` iterations; returns the loss before the first of them, as torch.optim.LBFGS does.
@@ -267,24 +260,13 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
         Raises:
             ValueError: a saved block has another shape; the parameter is named and nothing is loaded.
         """
-        found: list[dict[str, Any]] = []
 
-        def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            saving.check_saved(self, given)
-            found.append(given)
-
-        def put_back(_: torch.optim.Optimizer) -> None:
-            saving.restore(self, found[0])
+        def put_back(given: dict[str, Any]) -> None:
+            saving.restore(self, given)
             self.state.clear()
             self._lay_out()
 
-        before = self.register_load_state_dict_pre_hook(look)
-        after = self.register_load_state_dict_post_hook(put_back, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load_with(self, super().load_state_dict, state_dict, lambda given: saving.check_saved(self, given), put_back)
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; pickling drops operator and closures, see ``curvature``."""

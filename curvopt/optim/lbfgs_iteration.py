@@ -154,19 +154,19 @@ class QuasiNewton:
 
     def _direction(self, route: str, point: Point) -> Tensor:
         """``-H g``, by the whole matrix, by H0 alone, or the plain gradient's."""
-        history, initial = self.pairs(), self.initial
-        if route == "gradient":
-            direction = -point.gradient
-        else:
-            gamma = initial.gamma(history.newest if history.count else None)
-            if route == "history":
-                direction = history.apply(point.gradient, lambda q: initial.apply(q, gamma)).neg_()
-            else:
-                direction = initial.apply(point.gradient, gamma).neg_()
+        direction = -point.gradient if route == "gradient" else self._inverse_times(point.gradient, route).neg_()
         for piece, absent in zip(self.layout.views(direction), point.absent, strict=True):
             if absent:  # no gradient, no movement
                 piece.zero_()
         return direction
+
+    def _inverse_times(self, gradient: Tensor, route: str) -> Tensor:
+        """``H g``, a new tensor: by the two loops, or by H0 alone where the history was left out."""
+        history, initial = self.pairs(), self.initial
+        gamma = initial.gamma(history.newest if history.count else None)
+        if route == "history":
+            return history.apply(gradient, lambda q: initial.apply(q, gamma))
+        return initial.apply(gradient, gamma)
 
     def _accept(self, trial: Trial, before: Point, direction: Tensor, largest: float) -> tuple[Point, float]:
         """Keep the pair of an accepted step where its curvature is positive."""

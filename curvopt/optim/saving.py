@@ -7,7 +7,7 @@ parameter group: the places that every trainer saves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,32 @@ if TYPE_CHECKING:
 
 SAVED = "curvopt_"
 BLOCKS = ("basis", "probe", "history")
+
+
+def load_with(
+    optimizer: torch.optim.Optimizer,
+    load: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+    check: Callable[[dict[str, Any]], None],
+    put_back: Callable[[dict[str, Any]], None],
+) -> None:
+    """``load(state_dict)``, torch's own, with ``check`` before it and ``put_back`` after it.
+
+    As hooks, between the user's: those change what is loaded before, and see what was loaded after.
+    """
+    found: list[dict[str, Any]] = []
+
+    def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+        check(given)
+        found.append(given)
+
+    before = optimizer.register_load_state_dict_pre_hook(look)
+    after = optimizer.register_load_state_dict_post_hook(lambda _: put_back(found[0]), prepend=True)
+    try:
+        load(state_dict)
+    finally:
+        before.remove()
+        after.remove()
 
 
 # ---- small data in the parameter groups

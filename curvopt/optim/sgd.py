@@ -18,7 +18,7 @@ from curvopt.optim.build import as_ggn
 from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.engine import SubspaceEngine
 from curvopt.optim.guards import refuse_sparse
-from curvopt.optim.saving import BLOCKS, blocks_of, check_saved, restore, restore_blocks
+from curvopt.optim.saving import BLOCKS, blocks_of, check_saved, load_with, restore, restore_blocks
 
 Curvature = SymmetricOperator | str | None
 
@@ -313,28 +313,18 @@ class SubspaceSGD(SubspaceOptimizer, torch.optim.SGD):
         Raises:
             ValueError: a saved basis has another shape; the parameter is named and nothing is loaded.
         """
-        found: list[dict[str, Any]] = []
 
-        def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            check_saved(self._engine, given, "")
-            found.append(given)
-
-        def put_back(_: torch.optim.Optimizer) -> None:
-            restore_blocks(self._engine, found[0], "")
+        def put_back(given: dict[str, Any]) -> None:
+            restore_blocks(self._engine, given, "")
             for p in self.state:
                 if isinstance(p, Tensor):  # a rank of 0 has no use for a saved basis
                     self.state[p] = {key: value for key, value in self.state[p].items() if key not in BLOCKS}
             restore(self._engine)
             self._allocate()
 
-        # As hooks, between the user's: they change what is loaded before, and see what was loaded after.
-        before = self.register_load_state_dict_pre_hook(look)
-        after = self.register_load_state_dict_post_hook(put_back, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load_with(
+            self, super().load_state_dict, state_dict, lambda given: check_saved(self._engine, given, ""), put_back
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; pickling drops the operator, see ``curvature``."""

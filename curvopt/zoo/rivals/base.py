@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from curvopt._params import ParameterLayout
 from curvopt.curvature.quiet import refuse_inference_mode
+from curvopt.optim.base import agreed
 from curvopt.optim.evaluation import Evaluator, Point
 from curvopt.optim.guards import RefusalCount
 from curvopt.optim.lbfgs_saving import Counts
@@ -36,12 +38,11 @@ def refuse_large(size: int, what: str, name: str) -> None:
         )
 
 
-class Rival(torch.optim.Optimizer):
+class Rival(torch.optim.Optimizer, ABC):
     """A closure-based optimizer over one flat vector, called as ``torch.optim.LBFGS`` is; all groups share all settings.
 
-    Subclasses give ``_fresh`` (working memory for the present parameters), ``_iterate`` (iterations from an evaluated
-    point to the reason why they ended), ``_keep`` and ``_take`` (what is saved). Saved state lies with the first
-    parameter.
+    Subclasses give ``_fresh`` (working memory for the present parameters), ``_step`` (from closure and settings to the
+    loss), ``_keep`` and ``_take`` (what is saved). Saved state lies with the first parameter.
 
     Args:
         params: float32 or float64 parameters or groups.
@@ -80,11 +81,13 @@ class Rival(torch.optim.Optimizer):
             self._begin()
 
     # ---- what subclasses give
+    @abstractmethod
     def _fresh(self) -> None:
-        raise NotImplementedError
+        """Make the working memory for the present parameters."""
 
-    def _iterate(self, closure: Closure, point: Point, how: dict[str, Any]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _step(self, closure: Closure, how: dict[str, Any]) -> Any:
+        """One step by these settings, autograd off; the closure's first answer."""
 
     def _keep(self) -> dict[str, Any]:
         return {}
@@ -98,13 +101,8 @@ class Rival(torch.optim.Optimizer):
 
     # ---- the step
     def _settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name in [n for n in self.defaults if n in self.param_groups[0]]:
-            values = [g[name] for g in self.param_groups]
-            if any(v != values[0] for v in values):
-                raise ValueError(f"all parameter groups are one vector here, so their {name} must agree, got {values}")
-            found[name] = values[0]
-        return found
+        names = [n for n in self.defaults if n in self.param_groups[0]]
+        return agreed(self.param_groups, names, "are one vector here")
 
     def step(self, closure: Closure | None = None) -> Any:
         """Run up to ``max_iter`` iterations; returns the loss before the first of them.
@@ -127,14 +125,6 @@ class Rival(torch.optim.Optimizer):
                 return self._step(closure, how)
         finally:
             self._store()
-
-    def _step(self, closure: Closure, how: dict[str, Any]) -> Any:
-        self._evaluate.begin(closure, self.counts)
-        point = self._evaluate()
-        loss = self._evaluate.answer
-        if self._may_start(point.value, point.finite):
-            self.reason = self._iterate(closure, point, how)
-        return loss
 
     def _may_start(self, value: float, finite: bool) -> bool:
         """Refuse a step that begins with a NaN, or at a loss at which ten searches in a row have failed."""
@@ -207,6 +197,22 @@ class Rival(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_layout" not in self.__dict__:  # torch calls this from load_state_dict too
             self._restore()
+
+
+class GradientRival(Rival):
+    """A rival whose closure calls backward(): subclasses give ``_iterate`` in the place of ``_step``."""
+
+    @abstractmethod
+    def _iterate(self, closure: Closure, point: Point, how: dict[str, Any]) -> str:
+        """Iterate from an evaluated point; why the iterations ended."""
+
+    def _step(self, closure: Closure, how: dict[str, Any]) -> Any:
+        self._evaluate.begin(closure, self.counts)
+        point = self._evaluate()
+        loss = self._evaluate.answer
+        if self._may_start(point.value, point.finite):
+            self.reason = self._iterate(closure, point, how)
+        return loss
 
 
 def _check(settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from curvopt.optim.evaluation import Point
 from curvopt.optim.initial_matrix import InitialMatrix, make_schedule
 from curvopt.optim.lbfgs_iteration import QuasiNewton, Settings
 from curvopt.optim.line_search import Trial
-from curvopt.zoo.rivals.base import Closure, Rival, refuse_large
+from curvopt.zoo.rivals.base import Closure, GradientRival, refuse_large
 from curvopt.zoo.rivals.dense_inverse import UPDATES, DenseInverse
 
 
@@ -30,12 +30,8 @@ class _DenseQuasiNewton(QuasiNewton):
     def pairs(self) -> DenseInverse:  # type: ignore[override]
         return self.inverse
 
-    def _direction(self, route: str, point: Point) -> Tensor:
-        direction = -point.gradient if route == "gradient" else torch.mv(self.inverse.matrix, point.gradient).neg_()
-        for piece, absent in zip(self.layout.views(direction), point.absent, strict=True):
-            if absent:  # no gradient, no movement
-                piece.zero_()
-        return direction
+    def _inverse_times(self, gradient: Tensor, route: str) -> Tensor:
+        return torch.mv(self.inverse.matrix, gradient)
 
     def _accept(self, trial: Trial, before: Point, direction: Tensor, largest: float) -> tuple[Point, float]:
         point: Point = trial.payload
@@ -49,7 +45,7 @@ class _DenseQuasiNewton(QuasiNewton):
         return point, trial.t * largest
 
 
-class BFGS(Rival):
+class BFGS(GradientRival):
     """Full BFGS, or its self-scaled form SSBroyden, with a dense inverse Hessian; for at most 20,000 parameters.
 
     SSBroyden (Urban, Stefanou & Pons 2025, J. Comput. Phys. 523, 113656, after Al-Baali & Khalfan 2005; the formulas are

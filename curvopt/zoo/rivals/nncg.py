@@ -18,7 +18,7 @@ from curvopt.optim.config import SubspaceConfig
 from curvopt.optim.evaluation import Point
 from curvopt.optim.line_search import armijo
 from curvopt.optim.source import CurvatureSource
-from curvopt.zoo.rivals.base import Closure, Rival
+from curvopt.zoo.rivals.base import Closure, GradientRival
 
 _MOST_FAILURES = 10
 _ROUNDING = 32.0
@@ -110,7 +110,7 @@ def preconditioned_cg(
     return Solve(x, left / size if size else 0.0, products, negative)
 
 
-class NystromNewtonCG(Rival):
+class NystromNewtonCG(GradientRival):
     """NNCG (Rathore, Lei, Frangella, Lu & Udell 2024, arXiv 2402.01868, algorithm 4).
 
     Each iteration solves ``(H + mu I) d = g`` by conjugate gradients started from the last d and preconditioned by a
