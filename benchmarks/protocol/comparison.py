@@ -150,9 +150,10 @@ class Comparison:
         found = self.config.targets_by_task.get(task, self.config.targets)
         return {column: sorted(values, reverse=True) for column, values in found.items()}
 
-    def first(self, task: str) -> RunConfig:
-        """What the runs on a task have in common, as the configuration of the first optimizer's."""
-        return compose_run(task, self.config.optimizers[0], self.overrides(task))
+    def first(self, task: str, *, final: bool = False) -> RunConfig:
+        """What the trials on a task have in common, or the runs after them: the configuration of the first optimizer's."""
+        more = self.config.final_overrides if final else []
+        return compose_run(task, self.config.optimizers[0], [*self.overrides(task), *more])
 
     def _stop(self, task: str, columns: Sequence[str] | None = None) -> list[str]:
         return [
@@ -215,7 +216,7 @@ class Comparison:
 
     def finals(self, unit: Unit, tuned: Tuned) -> list[RunConfig]:
         """The runs of the best setting, then with its learning rate scaled, then with one thing changed."""
-        best = as_overrides(tuned.best.settings)
+        best = [*as_overrides(tuned.best.settings), *self.config.final_overrides]
         stop = self._stop(unit.task)
         first = compose_run(unit.task, unit.optimizer, [*self.overrides(unit.task), *stop, *best])
         runs = [replace(first, seed=s) for s in range(self.config.seeds)]

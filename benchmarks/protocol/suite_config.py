@@ -38,6 +38,7 @@ class SuiteConfig:
         ablate: optimizer -> key -> values: its tuned setting with this one thing changed, an argument of the optimizer, or
             of the task (``task.curvature_examples``).
         overrides: ``key=value`` for every run; by_task: task -> ``key=value`` for its runs.
+        final_overrides: ``key=value`` for the runs of the best setting alone, more seconds than a trial had for one.
     """
 
     title: str = "comparison"
@@ -57,6 +58,7 @@ class SuiteConfig:
     ablate: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     by_task: dict[str, list[str]] = field(default_factory=dict)
+    final_overrides: list[str] = field(default_factory=list)
 
 
 def load_comparison(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
@@ -113,7 +115,8 @@ def _check(config: SuiteConfig, name: str) -> None:
             )
     # Every mistake in a key comes before the first run; keys of tasks and of optimizers don't depend on each other.
     for task in config.tasks:
-        compose_run(task, config.optimizers[0], [*config.overrides, *config.by_task.get(task, [])])
+        given = [*config.overrides, *config.by_task.get(task, []), *config.final_overrides]
+        compose_run(task, config.optimizers[0], given)
     for optimizer in config.optimizers:
         if optimizer not in config.grid:
             space_of(config.tasks[0], optimizer, config.overrides)

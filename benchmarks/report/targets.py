@@ -232,12 +232,15 @@ def _facts(config: SuiteConfig, out: Path, seeds: int) -> list[str]:
     metas = [json.loads(p.read_text()) for p in sorted((out / "runs").rglob("meta.json"))]
     places = sorted({(m.get("processor", "?"), m.get("torch", "?"), m.get("commit", "?")) for m in metas})
     dates = sorted({str(m.get("date", "?"))[:10] for m in metas}) or ["?"]
-    first = Comparison(config, out).first(config.tasks[0])
+    suite = Comparison(config, out)
+    trial, final = (suite.first(config.tasks[0], final=last) for last in (False, True))
     results = [json.loads(p.read_text()) for p in sorted((out / "runs").rglob("result.json"))]
     clocks = {r["clock"] for r in results if "clock" in r}
     waited = [r["wall_seconds"] / r["seconds"] for r in results if r.get("clock") == "process" and r["seconds"] > 0]
     kind = "CPU seconds of the process, one thread" if clocks == {"process"} else "seconds"
-    limit = f"{first.max_seconds:g} s of training" if first.max_seconds else "its last step"
+    limit = f"{final.max_seconds:g} s of training" if final.max_seconds else "its last step"
+    if trial.max_seconds and trial.max_seconds != final.max_seconds:
+        limit += f", in the tuning {trial.max_seconds:g} s"
     return [
         f"Each optimizer was tuned with {config.trials} settings on {config.tuning_seeds} seed(s) apart, the same number for "
         f"all, by the seconds to the lowest train loss of the targets or else by the train loss at the end, then run on "

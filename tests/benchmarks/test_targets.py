@@ -194,6 +194,7 @@ SUITE = [
     "ours=[subspace_lbfgs]",
     "seeds=2",
     "by_task={}",
+    "final_overrides=[max_gradients=40]",
     "targets_by_task={}",
     "targets={train_loss:[0.5,0.3],solution_error:[1.0e-9]}",
     "grid={lbfgs:[{history_size: 5},{history_size: 10},{history_size: 20}],"
@@ -232,6 +233,9 @@ def test_a_suite_with_targets_from_end_to_end(tmp_path, capsys):
     assert {tuple(r.config.stop_at) for r in runs if r.config.seed >= 1000} == {("train_loss",)}
     assert {tuple(r.config.stop_at) for r in runs if r.config.seed < 1000} == {("train_loss", "solution_error")}
     assert {r.result["ended"] for r in runs if r.config.seed < 1000} == {"max_gradients"}
+    # The runs after the tuning have more time, which takes nothing from the tuning.
+    assert {r.config.max_gradients for r in runs if r.config.seed < 1000} == {40}
+    assert 40 not in {r.config.max_gradients for r in runs if r.config.seed >= 1000}
     # Of what is not finished the report says so, and runs nothing.
     (out / "tuning" / "pinn_convection" / "lbfgs.json").unlink()
     assert main(["report", str(out), "--page", str(page)]) == 0
@@ -252,6 +256,7 @@ def test_a_suite_with_targets_from_end_to_end(tmp_path, capsys):
             "grid={lbfgs:[{history_sise: 5},{history_sise: 6},{history_sise: 7}]}",
             r"unknown key 'optimizer\.history_sise'",
         ),
+        ("final_overrides=[max_second=3]", r"unknown key 'max_second'.*max_seconds"),
         ("targets={train_loss:[]}", "targets must hold values of train_loss"),
         ("ours=[adamv]", "unknown optimizer 'adamv'"),
     ],
