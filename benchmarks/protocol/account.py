@@ -37,14 +37,14 @@ class Account:
         self.entry = entry
         self.cost = cost
         self.gradients = 0
-        self._carried = {"seconds_refresh": 0.0, "seconds_projection": 0.0}
+        self._carried = {"seconds_refresh": 0.0, "seconds_products": 0.0, "seconds_projection": 0.0}
 
     def _stats(self) -> dict[str, float]:
         stats: Callable[[], dict[str, float]] | None = getattr(self.optimizer, "stats", None)
         return stats() if stats is not None else {}
 
     def seconds(self, label: str) -> float:
-        """Wall-clock seconds that the optimizer says it spent on refreshes or projections, earlier processes included."""
+        """Wall-clock seconds that the optimizer says it spent on a part, earlier processes included."""
         return self._carried[label] + self._stats().get(label, 0.0)
 
     def equivalents(self) -> float:
@@ -76,12 +76,15 @@ class Account:
         total, wall = watch.get("train"), watch.wall("train")
         # The optimizer times its parts by the wall clock: their shares of it divide the seconds of the run's clock.
         scale = total / wall if wall > 0 else 0.0
-        refresh, projection = (scale * self.seconds(f"seconds_{part}") for part in ("refresh", "projection"))
+        refresh, products, projection = (
+            scale * self.seconds(f"seconds_{part}") for part in ("refresh", "products", "projection")
+        )
         return out | {
             "seconds": total,
             "wall_seconds": wall,
             "seconds_base": total - refresh - projection,
             "seconds_refresh": refresh,
+            "seconds_products": products,
             "seconds_projection": projection,
             "seconds_measure": watch.get("measure"),
         }

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 import torch
 
 # Columns that a repeated run need not repeat: they are measured, all others are counted or computed.
-MEASURED = ("seconds", "wall_seconds", "seconds_base", "seconds_refresh", "seconds_projection", "seconds_measure")
+MEASURED = (
+    "seconds",
+    "wall_seconds",
+    "seconds_base",
+    "seconds_refresh",
+    "seconds_products",
+    "seconds_projection",
+    "seconds_measure",
+)
 # What ``seconds`` are, by the name that a run's result carries.
 CLOCKS = {
     "process": "CPU seconds of the run's process, over all of its threads",

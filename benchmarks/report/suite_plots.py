@@ -177,7 +177,8 @@ def _trials(row: Standing) -> list[tuple[float, float]]:
 
 COSTS = {
     "seconds_base": "base optimizer, gradients included",
-    "seconds_refresh": "refreshes: products and orthogonalisation",
+    "seconds_products": "refreshes: curvature products",
+    "seconds_orthogonalisation": "refreshes: orthogonalisation and the rest",
     "seconds_projection": "projections",
 }
 
@@ -188,8 +189,10 @@ def costs(row: Standing) -> dict[str, float]:
     out: dict[str, list[float]] = {}
     for r in ends:
         steps = float(r.frame.index[-1])
+        parts = {name: r.last(name) for name in COSTS if name != "seconds_orthogonalisation"}
+        parts["seconds_orthogonalisation"] = r.last("seconds_refresh") - parts["seconds_products"]
         for name in COSTS:
-            out.setdefault(name, []).append(1e3 * r.last(name) / steps)
+            out.setdefault(name, []).append(1e3 * parts[name] / steps)
         gradients = r.last("gradients")
         out.setdefault("gradients", []).append(gradients / steps)
         out.setdefault("products", []).append((r.last("gradient_equivalents") - gradients) / steps)
@@ -216,7 +219,7 @@ def cost_figure(rows: Sequence[Standing], folder: Path) -> Drawn | None:
         left = [0.0] * len(labels)
         for j, (name, meaning) in enumerate(parts.items()):
             widths = [found[label][name] for label in labels]
-            hatch = ("", "///", "...")[j]
+            hatch = ("", "///", "xxx", "...")[j]
             ax.barh(
                 labels, widths, left=left, color=PALETTE[j], hatch=hatch, edgecolor="white", linewidth=0, label=meaning
             )
@@ -229,8 +232,8 @@ def cost_figure(rows: Sequence[Standing], folder: Path) -> Drawn | None:
     return Drawn(
         save(figure, pd.DataFrame([{"optimizer": k, **v} for k, v in found.items()]), folder, f"costs_{task}"),
         f"{task}: what a step of each optimizer costs, in milliseconds and in gradient-equivalents, split by part",
-        "What a step costs, the median over seeds: time of the base optimizer, of refreshes and of projections; and gradients "
-        "beside curvature products, each product counted at its measured cost.",
+        "What a step costs, the median over seeds: time of the base optimizer, of products and the rest "
+        "of refreshes, of projections; and gradients beside curvature products, each product counted at its measured cost.",
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvopt._params import ParameterLayout
+from curvopt.curvature.count import ProductCount
 
 
 class SymmetricOperator:
@@ -27,9 +28,11 @@ class SymmetricOperator:
         layout: order and shapes of the parameters behind the flat index, or None for a plain matrix.
         process_group: over which optimizers average products when torch.distributed runs: None for the default group,
             False for none (each process trains a model of its own).
+        count: times products while it is entered; else None.
     """
 
     process_group: Any = None
+    count: ProductCount | None = None
 
     def __init__(
         self,
@@ -102,7 +105,10 @@ class SymmetricOperator:
             raise ValueError(f"expected rows of shape (m, {self.shape[1]}), got {tuple(rows.shape)}")
         self._check(rows)
         self.matvecs += rows.shape[0]
-        return self._multiply(rows)
+        if self.count is None:
+            return self._multiply(rows)
+        with self.count.product(self.device):
+            return self._multiply(rows)
 
     def _check(self, x: Tensor) -> None:
         if x.dtype != self.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from curvopt.curvature.count import ProductCount
 from curvopt.linalg.nystrom import BlockPairs, block_nystrom
 from curvopt.subspace.dominant import DominantSubspace
 
@@ -34,19 +35,21 @@ def refresh_block(
     subspace.attempts += 1
     live = 0 if cold or not subspace.ready else subspace.live
     rows = torch.cat([b.reshape(subspace.rank, -1) for b in subspace.blocks], dim=1)[:live].to(operator.dtype)
-    before = operator.matvecs
+    spent = ProductCount([operator])
     try:
         operator.renew(subspace.attempts)
-        pairs = block_nystrom(
-            operator,
-            rows,
-            subspace.rank,
-            rounds=rounds if live else cold_rounds,
-            floor=floor,
-            seed=subspace.seed + subspace.attempts,
-        )
+        with spent:
+            pairs = block_nystrom(
+                operator,
+                rows,
+                subspace.rank,
+                rounds=rounds if live else cold_rounds,
+                floor=floor,
+                seed=subspace.seed + subspace.attempts,
+            )
     finally:
-        subspace.matvecs += operator.matvecs - before
+        subspace.matvecs += spent.matvecs
+        subspace.product_seconds += spent.seconds
     missing = subspace.rank - len(pairs.values)
     empty = pairs.rows.new_zeros(missing, rows.shape[1])
     subspace.replace(

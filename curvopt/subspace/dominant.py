@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvopt._params import ParameterLayout
+from curvopt.curvature.count import ProductCount
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.subspace import notices
 from curvopt.subspace.checks import check_block, check_gain, check_start
@@ -40,7 +41,7 @@ class DominantSubspace:
     Attributes:
         age: steps since the last refresh, counted by whoever takes the steps.
         refreshes: successful refreshes so far.
-        matvecs: products spent so far, those of failed refreshes included.
+        matvecs, product_seconds: products spent so far, those of failed refreshes included, and their time here.
         overlap: of the last two bases, NaN before the second refresh.
         reason: the last refresh in words.
 
@@ -83,10 +84,8 @@ class DominantSubspace:
         self.max_matvecs = 4 * rank + 20 if max_matvecs is None else max_matvecs
         self.seed = seed
         self.gain = gain
-        self.age = 0
-        self.refreshes = 0
-        self.attempts = 0
-        self.matvecs = 0
+        self.age = self.refreshes = self.attempts = self.matvecs = 0
+        self.product_seconds = 0.0
         self.overlap = math.nan
         self.reason = "never refreshed"
         self.dtype = known.dtype if dtype is None else dtype
@@ -263,17 +262,16 @@ class DominantSubspace:
             self._find_layers()
         self.attempts += 1
         operators = [self.operator] if self._layers is None else self._layers
-        before = sum(op.matvecs for op in operators)
-        solutions = []
+        solutions, spent = [], ProductCount(operators)
         try:
             self.operator.renew(self.attempts)
-            with self.operator.hold():
+            with self.operator.hold(), spent:
                 for g, operator in enumerate(operators):
                     solutions.append(self._solve(g, operator, cold, cutoff, start))
         finally:
-            spent = sum(op.matvecs for op in operators) - before
-            self.matvecs += spent
-        return self._commit(solutions, spent)
+            self.matvecs += spent.matvecs
+            self.product_seconds += spent.seconds
+        return self._commit(solutions, spent.matvecs)
 
     def _plan(self, g: int) -> Plan:
         return Plan(min(self.rank, self._size(g)), self.tol, self.max_matvecs, self.seed + self.attempts, self.gain)

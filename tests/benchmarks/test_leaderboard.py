@@ -262,12 +262,13 @@ def test_what_a_step_costs(rows, tmp_path):
     records = [dataclasses.replace(r, frame=r.frame.copy()) for r in rows["fast"].records]
     for i, r in enumerate(records):
         given = {"gradients": 1.0, "gradient_equivalents": 3.0, "seconds_base": 2e-3, "seconds_refresh": 1e-3 * i}
-        for name, slope in {**given, "seconds_projection": 0.0}.items():
+        for name, slope in {**given, "seconds_products": 4e-4 * i, "seconds_projection": 0.0}.items():
             r.frame[name] = slope * r.frame.index
     row = dataclasses.replace(rows["fast"], records=records)
     expected = {
         "seconds_base": 2.0,
-        "seconds_refresh": 2.5,
+        "seconds_products": 1.0,
+        "seconds_orthogonalisation": 1.5,
         "seconds_projection": 0.0,
         "gradients": 1.0,
         "products": 2.0,

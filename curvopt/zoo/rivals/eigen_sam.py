@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.curvature.count import ProductCount
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.zoo.rivals.momentum import MomentumRival
 
@@ -63,7 +64,7 @@ class EigenSAM(MomentumRival):
         self.curvature, self._layout = curvature, curvature.layout
         self.rho, self.alpha, self.refresh_every, self.power_iterations = rho, alpha, refresh_every, power_iterations
         self.seed = seed
-        self._seconds = 0.0
+        self._seconds = self._product_seconds = 0.0
         base = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, base)
         held = {id(p) for g in self.param_groups for p in g["params"]}
@@ -75,7 +76,11 @@ class EigenSAM(MomentumRival):
         refreshes = math.ceil(self._steps / self.refresh_every)
         age = max(self._steps - 1, 0) % self.refresh_every
         products = refreshes * self.power_iterations
-        seconds = {"seconds_refresh": self._seconds, "seconds_projection": 0.0}
+        seconds = {
+            "seconds_refresh": self._seconds,
+            "seconds_products": self._product_seconds,
+            "seconds_projection": 0.0,
+        }
         return {"matvecs": products, "refreshes": refreshes, "age": age, **seconds}
 
     @torch.no_grad()
@@ -135,7 +140,8 @@ class EigenSAM(MomentumRival):
             vector = torch.randn(layout.total, generator=generator, dtype=torch.float64)
             vector = vector.to(operator.device, operator.dtype)
         operator.renew(self._steps // self.refresh_every)
-        with operator.hold():
+        spent = ProductCount([operator])
+        with operator.hold(), spent:
             for _ in range(self.power_iterations):
                 product = operator.multiply_rows(vector[None])[0]
                 length = product.norm()
@@ -145,6 +151,7 @@ class EigenSAM(MomentumRival):
         for p, v in zip(layout.params, layout.views(vector)):
             self.state[p]["top"] = v.clone()
         self._seconds += time.perf_counter() - started
+        self._product_seconds += spent.seconds
 
 
 def _norm(tensors: list[Any]) -> Tensor:
