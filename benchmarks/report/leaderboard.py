@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.protocol.comparison import SuiteConfig
 from benchmarks.protocol.repeat import in_words
@@ -95,24 +95,38 @@ def repetition(found: Sequence[Standing]) -> str:
     return f"Of {len(runs)} re-timed runs {len(other)} did not give the same losses bit for bit:\n\n" + "\n".join(lines)
 
 
-def profile_table(found: Sequence[Standing], axis: str) -> tuple[list[str], list[list[str]]]:
-    """Scores of the performance profiles over the tasks that have a target, best first."""
-    times: dict[str, dict[str, float]] = {}
-    for r in found:
-        if r.to_target:
-            times.setdefault(r.label, {})[r.task] = median(r.to_target[axis])
-    if not times:
+def profile_table(found: Sequence[Standing], axes: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Scores of the performance profiles over the tasks that have a target, and the ratios behind them.
+
+    Args:
+        found: all settings on all tasks.
+        axes: column -> its name in words; the first one orders the table, best first.
+    """
+    scored: dict[str, dict[str, list[float]]] = {}
+    for axis in axes:
+        times: dict[str, dict[str, float]] = {}
+        for r in found:
+            if r.to_target:
+                times.setdefault(r.label, {})[r.task] = median(r.to_target[axis])
+        ratios = profile(times) if times else {}
+        if any(ratios.values()):  # somebody reached a target
+            scored[axis] = ratios
+    if not scored:
         return [], []
-    ratios = profile(times)
-    if not any(ratios.values()):  # nobody reached any target
-        return [], []
-    body = [
-        [name, f"{profile_score(values):.3f}", *(f"{r:.2f}" if math.isfinite(r) else "missed" for r in values)]
-        for name, values in ratios.items()
-    ]
-    count = max(len(line) for line in body) - 2
-    header = ["optimizer", "score", *(f"ratio {i}" for i in range(1, count + 1))]
-    return header, sorted(body, key=lambda line: (-float(line[1]), line[0]))
+    first, header = next(iter(scored)), ["optimizer"]
+    for axis in scored:
+        header += [f"score in {axes[axis]}", "ratios"]
+    body = []
+    for name in sorted(scored[first], key=lambda n: (-round(profile_score(scored[first][n]), 3), n)):
+        line = [name]
+        for ratios in scored.values():
+            line += [f"{profile_score(ratios[name]):.3f}", ", ".join(_ratio(r) for r in ratios[name])]
+        body.append(line)
+    return header, body
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "missed"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -24,6 +24,10 @@ _IN_SHORT = (
     "Settings beside the best tuned baseline of each task, baselines left out: better or worse by the exact paired test over "
     "seeds, open where it shows neither. The tables below have the intervals."
 )
+_PROFILES = (
+    "The score is the area under the performance profile, 1 for the fastest on every task. The ratios are to the fastest on "
+    "each task, in ascending order."
+)
 
 
 def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
@@ -39,10 +43,9 @@ def write_leaderboard(config: SuiteConfig, out: Path, command: str) -> Path:
     if short.body:
         said = ["\n".join(f"- {line}" for line in short.sentences)] if short.sentences else []
         parts.append("\n\n".join(["## In short", _IN_SHORT, *said, markdown(short.header, short.body)]))
-    for axis, name in AXES.items():
-        header, body = profile_table(found, axis)
-        if header:
-            parts.append(f"## Over all tasks, {name} to target\n\n" + markdown(header, body))
+    header, body = profile_table(found, AXES)
+    if header:
+        parts += ["## Over all tasks, to target", _PROFILES, markdown(header, body)]
     profiles = profile_figure(found, out)
     parts += [] if profiles is None else [profiles.markdown(command)]
     rows_by_task = {task: [r for r in found if r.task == task] for task in config.tasks}

@@ -216,15 +216,24 @@ def test_the_cost_of_tuning(rows):
 
 
 def test_profiles_over_tasks(rows):
-    second = [dataclasses.replace(rows["fast"], task="two", to_target={"step": [60.0] * 6})]
-    second += [dataclasses.replace(rows["base"], task="two", to_target={"step": [30.0] * 6})]
-    header, body = profile_table([rows["fast"], rows["base"], *second], "step")
-    assert header == ["optimizer", "score", "ratio 1", "ratio 2"]
+    slow, quick = ({"step": [x] * 6, "gradient_equivalents": [3 * x] * 6} for x in (60.0, 30.0))
+    second = [dataclasses.replace(rows["fast"], task="two", to_target=slow)]
+    second += [dataclasses.replace(rows["base"], task="two", to_target=quick)]
+    axes = {"step": "steps", "gradient_equivalents": "gradient-equivalents"}
+    header, body = profile_table([rows["fast"], rows["base"], *second], axes)
+    assert header == ["optimizer", "score in steps", "ratios", "score in gradient-equivalents", "ratios"]
     # each is first once and twice as slow once: (3 + 2) / 6
-    assert sorted(body) == [["base", "0.833", "1.00", "2.00"], ["fast", "0.833", "1.00", "2.00"]]
+    line = ["0.833", "1.00, 2.00"] * 2
+    assert body == [["base", *line], ["fast", *line]]
+    _, body = profile_table([rows["base"], rows["lost"], rows["fast"]], axes)
+    assert [x[:3] for x in body] == [
+        ["fast", "1.000", "1.00"],
+        ["base", "0.667", "2.00"],
+        ["lost", "0.000", "missed"],
+    ]
     without = [dataclasses.replace(r, to_target={}) for r in rows.values()]
-    assert profile_table(without, "step") == ([], [])
-    assert profile_table([rows["lost"]], "step") == ([], [])  # a task that nobody solved
+    assert profile_table(without, axes) == ([], [])
+    assert profile_table([rows["lost"]], axes) == ([], [])  # a task that nobody solved
 
 
 def test_figures_show_the_ratios_and_the_trials(rows, tmp_path):

@@ -205,7 +205,7 @@ SUITE = [
 
 
 def test_the_committed_suites_can_be_run():
-    for name in ("physics", "physics_small", "physics_ablation"):
+    for name in ("physics", "physics_small", "physics_long", "physics_ablation"):
         config = load_comparison(name)
         assert {len(grid) for grid in config.grid.values()} == {config.trials} and set(config.grid) == set(
             config.optimizers
