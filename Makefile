@@ -52,7 +52,7 @@ bench: $(STAMP)  ## train and compare the optimizers on the main task: table, pl
 studies: $(STAMP)  ## re-run the founding papers' claims at small size: benchmarks/results/studies.md (half an hour at most)
 	$(PY) -m benchmarks study all --small --page benchmarks/results/studies.md $(ARGS)
 
-suite: $(STAMP)  ## the small suite: five tasks, twelve optimizers tuned alike, six seeds (half an hour on two cores)
+suite: $(STAMP)  ## the small suite: five tasks, twelve optimizers tuned alike, six seeds (a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks suite small --jobs $(WORKERS) $(ARGS)
 
 # One thread a process: the tests run in WORKERS processes, and more threads than cores only wait for each other.

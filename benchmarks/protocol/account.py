@@ -95,4 +95,4 @@ class Account:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gradients, self.cost = int(state["gradients"]), float(state["cost"])
         now = self._stats()
-        self._carried = {k: float(state[k]) - now.get(k, 0.0) for k in self._carried}
+        self._carried = {k: float(state.get(k, 0.0)) - now.get(k, 0.0) for k in self._carried}

@@ -179,6 +179,7 @@ COSTS = {
     "seconds_base": "base optimizer, gradients included",
     "seconds_products": "refreshes: curvature products",
     "seconds_orthogonalisation": "refreshes: orthogonalisation and the rest",
+    "seconds_refresh": "refreshes, not split by the version that ran them",
     "seconds_projection": "projections",
 }
 
@@ -190,7 +191,9 @@ def costs(row: Standing) -> dict[str, float]:
     for r in ends:
         steps = float(r.frame.index[-1])
         parts = {name: r.last(name) for name in COSTS if name != "seconds_orthogonalisation"}
-        parts["seconds_orthogonalisation"] = r.last("seconds_refresh") - parts["seconds_products"]
+        split = not math.isnan(parts["seconds_products"])
+        parts["seconds_orthogonalisation"] = parts["seconds_refresh"] - parts["seconds_products"] if split else 0.0
+        parts["seconds_refresh" if split else "seconds_products"] = 0.0
         for name in COSTS:
             out.setdefault(name, []).append(1e3 * parts[name] / steps)
         gradients = r.last("gradients")
@@ -219,7 +222,9 @@ def cost_figure(rows: Sequence[Standing], folder: Path) -> Drawn | None:
         left = [0.0] * len(labels)
         for j, (name, meaning) in enumerate(parts.items()):
             widths = [found[label][name] for label in labels]
-            hatch = ("", "///", "xxx", "...")[j]
+            if not any(widths) and name in ("seconds_products", "seconds_orthogonalisation", "seconds_refresh"):
+                continue
+            hatch = ("", "///", "xxx", "\\\\\\", "...")[j]
             ax.barh(
                 labels, widths, left=left, color=PALETTE[j], hatch=hatch, edgecolor="white", linewidth=0, label=meaning
             )

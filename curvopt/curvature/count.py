@@ -19,7 +19,8 @@ class ProductCount:
     """``with ProductCount(operators) as spent:`` counts and times what these operators multiply inside.
 
     On a CPU by the wall clock; on CUDA by events on the current stream, which are read on the way out, so that nothing
-    waits for the device in between. Graphs that a product had to build count as part of it.
+    waits for the device in between; on other devices by the wall clock too, which sees only what the host did. Graphs
+    that a product had to build count as part of it. Of two counts, one inside the other, the inner one gets the seconds.
 
     Attributes:
         matvecs: products inside the block, once it has ended.
@@ -34,6 +35,7 @@ class ProductCount:
 
     def __enter__(self) -> ProductCount:
         self._before = sum(op.matvecs for op in self.operators)
+        self._outer = [op.count for op in self.operators]
         for op in self.operators:
             op.count = self
         return self
@@ -41,8 +43,8 @@ class ProductCount:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for op in self.operators:
-            op.count = None
+        for op, outer in zip(self.operators, self._outer, strict=True):
+            op.count = outer
         self.matvecs = sum(op.matvecs for op in self.operators) - self._before
         if self._events:
             self._events[-1][1].synchronize()

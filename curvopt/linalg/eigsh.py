@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.krylov import KrylovBasis, Ritz, order
+from curvopt.linalg.krylov import KrylovBasis, Ritz, missing_share
 from curvopt.linalg.orthogonal import seeded_generator
 from curvopt.linalg.result import EigenResult
 from curvopt.linalg.warm_start import check_start, count_chains, mix_rows
 
 _WHICH = ("LA", "SA", "LM")
 _LEAST_ROOM = 6
-# Share of the span that may be missing where tol is relaxed, in units of tol squared: half a percent at 1e-2. So close
-# before the cap a thousandth may, however small tol is: those products are for starts that turned out to be poor.
+# Share of the span that may be missing where tol is relaxed, in units of tol squared: half a percent at 1e-2.
 _SPAN = 50.0
-_LAST_SPAN, _LAST = 1e-3, 8
+# So many products before the cap a thousandth ends it, however small tol is: the last ones are for starts that were poor.
+_LAST, _LAST_SPAN = 8, 1e-3
 
 
 def eigsh(
@@ -51,8 +51,9 @@ def eigsh(
     beside it). ``guard="full"`` tells closer ones apart: it wants the next pair converged as well, lets the chain run
     until its own leading value has converged, tries every open direction, and fills the space where P <= max_basis.
 
-    Memory: ``max_basis + 1`` vectors, one more for each look that found something, ``k + extra`` for the answer, and
-    what the operator holds.
+    Memory: ``max_basis + 1`` vectors, one more for each look that found something, ``k + extra`` for the answer, ``v0``
+    (before the basis is there, twice more for its orthonormal form, then for the start of each chain), and what the
+    operator holds.
 
     Args:
         op: the operator (P, P).
@@ -74,8 +75,9 @@ def eigsh(
             ``2 (k + extra) + 20``, or fewer where ``max_matvecs`` or P allow no more.
         relax: ``(products, tol)`` for a caller who wants ``tol`` of the span, and better of the pairs while it is cheap:
             the tolerance from that many products on. Then an estimated share of at most 50 tol² of the span missing
-            is enough as well: of values that lie close together each pair's vector stays uncertain for long. So is a
-            thousandth during the last eight products before ``max_matvecs``.
+            is enough as well: of values that lie close together each pair's vector stays uncertain for long. With a
+            smaller share than a thousandth missing the last eight products before ``max_matvecs`` are not spent; that
+            alone makes no pair converged.
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
@@ -96,14 +98,21 @@ def eigsh(
     if max_matvecs is None:
         max_matvecs = max(20 * k + 100, min(size, 1000) + k)
     if max_basis is None:
-        # rows and products grow together: a cap on products is one on rows, and every chain leaves one row open
-        opened = 0 if start is None else count_chains(min(len(start), k + extra), k, max_matvecs)
-        max_basis = max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2 + opened))
+        max_basis = default_basis(k, extra, max_matvecs, 0 if start is None else len(start))
     floor = 50 * torch.finfo(op.dtype).eps
     later = (max_matvecs, tol) if relax is None else relax
     plan = _Plan(k, which, max(tol, floor), max_matvecs, guard, min(extra, size - k), (later[0], max(later[1], floor)))
     with op.hold():
         return _Solver(op, plan, min(max_basis, size) + 1, seed, start).solve()
+
+
+def default_basis(k: int, extra: int, max_matvecs: int, start: int = 0) -> int:
+    """Vectors in the basis before a restart, where ``max_basis`` is not given; ``start``: columns of ``v0``.
+
+    Rows and products grow together, so that a cap on products is one on rows, and every chain leaves one row open.
+    """
+    opened = count_chains(min(start, k + extra), k, max_matvecs) if start else 0
+    return max(k + extra + 9, min(2 * (k + extra) + 20, max_matvecs + 2 + opened))
 
 
 def _check_arguments(
@@ -178,6 +187,7 @@ class _Solver:
         self.goal = min(plan.k + (plan.guard == "full"), op.shape[0])
         self.exhaustive = plan.guard == "full" and capacity > op.shape[0]
         self.guard_matvecs = 0
+        self._estimate: tuple[Ritz, float] | None = None
 
     # ---- the whole course
     def solve(self) -> EigenResult:
@@ -201,6 +211,8 @@ class _Solver:
             left = plan.max_matvecs - basis.matvecs
             if ritz is None and self.stride == 1 and len(basis.open) > 1:
                 ritz = self._ritz()
+            if ritz is not None and self._near_enough(ritz, left):
+                return ritz, self._complaint(ritz, left)
             index = self._choose(ritz) if left > 0 else None
             if index is None:
                 final = self._ritz()
@@ -350,27 +362,26 @@ class _Solver:
         return np.maximum(worth[: self.goal] - 0.9 * max(following, 0.0), 1e-3 * ritz.scale)
 
     def _span_stands(self, ritz: Ritz) -> bool:
-        """Whether the share that the span misses is small enough by estimate."""
-        after, tol = self.plan.relax
-        if not after <= self.basis.matvecs or after >= self.plan.max_matvecs:
-            return False
-        if ritz.scale == 0 or len(ritz.values) <= self.goal:
-            return False
-        last = self.basis.matvecs >= self.plan.max_matvecs - _LAST
-        return self._missing_share(ritz) <= max(_SPAN * tol**2, _LAST_SPAN if last else 0.0)
+        """Whether the share that the span misses is small enough, by estimate, for the relaxed tolerance."""
+        return self._missing_share(ritz) <= _SPAN * self.plan.relax[1] ** 2
+
+    def _near_enough(self, ritz: Ritz, left: int) -> bool:
+        """Whether the last products are better saved."""
+        return left <= _LAST and self._missing_share(ritz) <= _LAST_SPAN
 
     def _missing_share(self, ritz: Ritz) -> float:
-        """Estimated ``1 - ||V_wanted^T V_exact||_F^2 / k``, by Rayleigh-Ritz on the open rows too.
+        """Of the wanted span, by estimate; 1 where nothing is relaxed yet.
 
-        Their images are not known; to each other they are taken as zero, and to themselves as half of the next Ritz
-        value. On the Hessians of small nets and planted spectra, seeds apart, that was .7 to 2.5 times the exact share.
+        On the Hessians of small nets and on planted spectra, seeds apart, that was mostly .4 to 2 times the exact share.
         """
-        m, f = len(ritz.values), len(ritz.weights)
-        whole = np.diag(np.concatenate([ritz.values, np.full(f, 0.5 * ritz.values[self.goal])]))
-        whole[m:, :m], whole[:m, m:] = ritz.weights, ritz.weights.T
-        values, vectors = np.linalg.eigh(whole)
-        wanted = order(values, self.plan.which)[: self.goal]
-        return 1 - float((vectors[: self.goal, wanted] ** 2).sum()) / self.goal
+        after = self.plan.relax[0]
+        if not after <= self.basis.matvecs or after >= self.plan.max_matvecs:
+            return 1.0
+        if ritz.scale == 0 or len(ritz.values) <= self.goal:
+            return 1.0
+        if self._estimate is None or self._estimate[0] is not ritz:
+            self._estimate = ritz, missing_share(ritz, self.goal, self.plan.which)
+        return self._estimate[1]
 
     def _ritz(self) -> Ritz:
         self.basis.flush()
@@ -391,6 +402,11 @@ class _Solver:
             f"{int(bad.sum())} of {plan.k} pairs above tol (largest residual "
             f"{ritz.residuals[: plan.k].max() / ritz.scale:.1e} of the largest Ritz value, tol {plan.tol:.1e})"
         )
+        if self._near_enough(ritz, left):
+            share = self._missing_share(ritz)
+            return (
+                f"{state}, but only {share:.1e} of their span is missing by estimate, so {left} products were not spent"
+            )
         if left <= 0:
             return f"max_matvecs={plan.max_matvecs} reached with {state}; raise max_matvecs or tol"
         return f"the basis spans the whole space with {state}: the products are no more exact than that; raise tol"
@@ -405,7 +421,9 @@ class _Solver:
             eigenvectors=rows[:k].T,
             residual_norms=torch.from_numpy(ritz.residuals[:k].copy()).to(rows),
             converged=converged,
-            converged_pairs=torch.from_numpy(~self._unconverged(ritz)).to(rows.device),
+            converged_pairs=torch.from_numpy(ritz.residuals[:k] <= self.plan.tolerance(basis.matvecs) * ritz.scale).to(
+                rows.device
+            ),
             reason=reason,
             matvecs=basis.matvecs,
             guard_matvecs=self.guard_matvecs,

@@ -45,6 +45,22 @@ def order(values: np.ndarray, which: str) -> np.ndarray:
     return np.argsort(key, kind="stable")
 
 
+def missing_share(ritz: Ritz, k: int, which: str) -> float:
+    """What the span of the first k Ritz vectors misses of the exact one by estimate, see ``eigsh``'s ``relax``.
+
+    Rayleigh-Ritz on closed and open rows together. How A acts among the open rows is not known: they are taken to be
+    eigenvectors at the mean of the Ritz values that are not wanted.
+
+    Returns:
+        ``1 - ||Y^T Y'||_F^2 / k``, Y and Y' being the first k Ritz vectors without and with the open rows.
+    """
+    m, f = len(ritz.values), len(ritz.weights)
+    whole = np.diag(np.concatenate([ritz.values, np.full(f, ritz.values[k:].mean())]))
+    whole[m:, :m], whole[:m, m:] = ritz.weights, ritz.weights.T
+    values, vectors = np.linalg.eigh(whole)
+    return 1 - float((vectors[:k, order(values, which)[:k]] ** 2).sum()) / k
+
+
 class KrylovBasis:
     """Orthonormal rows, some *closed* (their image under A is known) and some *open* (their image is not).
 

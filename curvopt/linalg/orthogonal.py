@@ -151,7 +151,8 @@ def cholesky_rows(rows: Tensor) -> tuple[Tensor, np.ndarray] | None:
 
 def rotate_rows(rows: Tensor, matrix: Tensor) -> None:
     """``rows[:p] = matrix @ rows`` in place, matrix (p, n): chunked over P, so that no second basis is held."""
-    p = matrix.shape[0]
-    for start in range(0, rows.shape[1], _CHUNK):
-        piece = rows[:, start : start + _CHUNK]
+    p, size = matrix.shape[0], rows.shape[1]
+    chunk = min(_CHUNK, max(size // 8, 1024))
+    for start in range(0, size, chunk):
+        piece = rows[:, start : start + chunk]
         piece[:p] = matrix @ piece

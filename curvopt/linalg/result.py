@@ -15,7 +15,8 @@ class EigenResult:
         eigenvalues: Ritz values (k,), most wanted first.
         eigenvectors: (P, k), orthonormal columns in the order of ``eigenvalues``.
         residual_norms: ``||A v_i - lambda_i v_i||`` (k,).
-        converged: every pair met the tolerance and the guard, if there was one, found nothing skipped.
+        converged: every pair met the tolerance, or with ``relax`` their span did by estimate, and the guard, if there was
+            one, found nothing skipped.
         converged_pairs: a bool a pair (k,), from the residuals alone.
         reason: why the solver stopped, in words.
         matvecs: products spent in all, the guard's included.

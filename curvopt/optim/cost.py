@@ -10,6 +10,7 @@ import torch
 
 from curvopt.curvature.cost import Cost
 from curvopt.curvature.routes import timed
+from curvopt.linalg.eigsh import default_basis
 from curvopt.optim import rules
 from curvopt.subspace.solve import Plan
 
@@ -87,10 +88,12 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
         layers = len(s.groups)
         first = s.max_matvecs * layers
         later = s.planned_matvecs if s.ready else layers * min(s.max_matvecs, s.rank + 1 + warm)
-    k, cold = s.rank + 1, min(2 * (s.rank + 1) + 20, s.parameters.total) + 1
-    chains = math.isqrt(s.rank) + 1
-    # The solver's basis, and the answer; or a warm one's smaller basis, its start, and the chains' first rows twice.
-    solver = k + max(cold, min(cold, warm + 3 + chains) + 2 * chains)
+    size, extra = s.parameters.total, 1 if s.rank < s.parameters.total else 0
+    block = s.rank + extra
+    cold = min(default_basis(s.rank, extra, s.max_matvecs), size) + 1
+    later_basis = min(default_basis(s.rank, extra, warm, block), size) + 1
+    # Beside the basis the answer; and where it starts warm, the cached block, and what a power step before it left.
+    solver = max(cold + block, later_basis + 3 * block)
     overhead = engine.config.overhead if engine.config.refresh_every == "auto" else None
     return OptimizerCost(
         first=base.of(first),

@@ -360,7 +360,7 @@ class SubspaceEngine:
             "age": 0 if s is None else s.age,
             "overlap": math.nan if s is None else s.overlap,
             "seconds_refresh": clock.refresh,
-            "seconds_products": 0.0 if s is None else s.product_seconds,
+            "seconds_products": 0.0 if s is None else s.seconds_products,
             "seconds_projection": clock.projection,
             "seconds_total": total,
             "share_refresh": clock.refresh / total if total else 0.0,

@@ -236,7 +236,7 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
             "failures": counts.failures,
             "dropped": counts.dropped,
             "seconds_refresh": engine.seconds,
-            "seconds_products": 0.0 if s is None else s.product_seconds,
+            "seconds_products": 0.0 if s is None else s.seconds_products,
             "seconds_projection": 0.0,
             "seconds_total": self._seconds,
             "share_refresh": engine.seconds / self._seconds if self._seconds else 0.0,

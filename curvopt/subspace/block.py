@@ -49,7 +49,7 @@ def refresh_block(
             )
     finally:
         subspace.matvecs += spent.matvecs
-        subspace.product_seconds += spent.seconds
+        subspace.seconds_products += spent.seconds
     missing = subspace.rank - len(pairs.values)
     empty = pairs.rows.new_zeros(missing, rows.shape[1])
     subspace.replace(

@@ -41,7 +41,7 @@ class DominantSubspace:
     Attributes:
         age: steps since the last refresh, counted by whoever takes the steps.
         refreshes: successful refreshes so far.
-        matvecs, product_seconds: products spent so far, those of failed refreshes included, and their time here.
+        matvecs, seconds_products: products spent so far, those of failed refreshes included, and their time here.
         overlap: of the last two bases, NaN before the second refresh.
         reason: the last refresh in words.
 
@@ -85,7 +85,7 @@ class DominantSubspace:
         self.seed = seed
         self.gain = gain
         self.age = self.refreshes = self.attempts = self.matvecs = 0
-        self.product_seconds = 0.0
+        self.seconds_products = 0.0
         self.overlap = math.nan
         self.reason = "never refreshed"
         self.dtype = known.dtype if dtype is None else dtype
@@ -270,7 +270,7 @@ class DominantSubspace:
                     solutions.append(self._solve(g, operator, cold, cutoff, start))
         finally:
             self.matvecs += spent.matvecs
-            self.product_seconds += spent.seconds
+            self.seconds_products += spent.seconds
         return self._commit(solutions, spent.matvecs)
 
     def _plan(self, g: int) -> Plan:

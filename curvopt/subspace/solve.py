@@ -59,8 +59,8 @@ class Plan:
     def warm_matvecs(self) -> int:
         """Products of warm Krylov chains at most: 2.6 k + 8, or a few more where k is small.
 
-        The last eight are spent only where more than a thousandth of the span would be missing without them: a basis
-        that was half wrong (chaotic first steps, no gap) is not mended in 2.6 k.
+        The last eight are spent only where more than a thousandth of the span is missing by estimate: a basis that was
+        half wrong (chaotic first steps, no gap) is not mended in 2.6 k.
         """
         return min(self.max_matvecs, max(math.ceil(2.6 * self.k), self.k + 6) + 8)
 
@@ -216,7 +216,8 @@ class RefreshReport:
         matvecs: products spent, the guard's included.
         guard_matvecs: the part that looked for skipped values.
         overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
-        converged: every wanted pair met the tolerance (an image is not tested and counts as converged).
+        converged: every wanted pair met the tolerance, or without a gap their span did by estimate (an image is not tested
+            and counts as converged).
         reason: the solver's words.
     """
 

@@ -278,11 +278,15 @@ def test_what_a_step_costs(rows, tmp_path):
         "seconds_base": 2.0,
         "seconds_products": 1.0,
         "seconds_orthogonalisation": 1.5,
+        "seconds_refresh": 0.0,
         "seconds_projection": 0.0,
         "gradients": 1.0,
         "products": 2.0,
     }
     assert costs(row) == pytest.approx(expected)
+    older = [dataclasses.replace(r, frame=r.frame.drop(columns="seconds_products")) for r in records]
+    unsplit = {"seconds_products": 0.0, "seconds_orthogonalisation": 0.0, "seconds_refresh": 2.5}
+    assert costs(dataclasses.replace(row, records=older)) == pytest.approx({**expected, **unsplit})
     table = pd.read_csv(cost_figure([row, rows["lost"]], tmp_path).path.with_suffix(".csv"))
     assert table.optimizer.tolist() == ["fast"] and table.products.tolist() == [2.0]
     assert cost_figure([rows["lost"]], tmp_path) is None

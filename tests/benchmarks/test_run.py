@@ -114,8 +114,8 @@ def test_the_shares_of_bulk_and_dom_sgd(tmp_path):
         records = {r["step"]: r for r in read_jsonl(outcome.folder.log)}
         for step in (0, 10):
             # No gap, and the first ten steps leave less than half of the basis standing. A thousandth of the span may be
-            # missing, of three directions .003, and the gradient's share in them is of that order: .009 was measured.
-            assert records[step]["chi_update"] == pytest.approx(expected, abs=0.03)
+            # missing, of three directions an energy of .003, so that a share of sqrt(.003) is nothing wrong.
+            assert records[step]["chi_update"] == pytest.approx(expected, abs=0.055)
             assert records[step]["basis_age"] == 0 or step == 10
         assert records[20]["products"] > 0 and records[20]["refreshes"] == 2
         spent = records[20]["products"]

@@ -260,8 +260,8 @@ def test_a_block_start_gives_true_residuals(stride: int, cap: int, monkeypatch: 
     else:  # below 2k products every column is multiplied first, so the sum of Ritz values can only grow
         q = torch.linalg.qr(block)[0]
         inner = q.T @ (op @ q)
-        # one column holds a fifth of noise, which takes 4 % of its value at most
-        assert result.eigenvalues.sum() >= inner.trace() - 0.04 * 9.0
+        # one column holds a tenth of noise, which takes 1 % of its value at most
+        assert result.eigenvalues.sum() >= inner.trace() - 0.01 * 9.0
 
 
 def test_a_block_of_exact_eigenvectors_breaks_down_without_harm() -> None:

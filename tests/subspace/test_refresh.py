@@ -414,6 +414,6 @@ def test_every_route_agrees_with_dense_eigh(k, seed):
         s.refresh()
         assert s.eigenvalues.tolist() == pytest.approx(exact[0].tolist(), rel=1e-9)
         for _ in range(3):
-            s.refresh()  # nothing has changed, and a chain of at most k + 6 products starts with a fifth of noise
+            s.refresh()  # nothing has changed, and one chain of k + 14 products at most starts with a tenth of noise
     assert overlap(s.basis, exact[1]) == pytest.approx(1, abs=1e-4)
     assert s.eigenvalues.tolist() == pytest.approx(exact[0].tolist(), rel=1e-4)
