@@ -219,10 +219,8 @@ def reasons(rows: Sequence[Entrant], column: str, target: float) -> list[str]:
                 text += f" in {numbers['iterations']:.0f} iterations"
             text += f" at {1e3 * numbers['seconds'] / numbers['gradient_equivalents']:.1f} ms each"
             if row.ours:
-                text += (
-                    f", {100 * numbers['seconds_refresh'] / numbers['seconds']:.0f} % of the seconds in refreshes, "
-                    f"{numbers['kept']:.0f} pairs kept"
-                )
+                text += f", {100 * numbers['seconds_refresh'] / numbers['seconds']:.0f} % of the seconds in refreshes"
+                text += "" if math.isnan(numbers["kept"]) else f", {numbers['kept']:.0f} pairs kept"
             parts.append(text)
         lines.append(f"- {column.replace('_', ' ')} {target:g}, lost: {'; '.join(parts)}.")
     return lines
