@@ -260,7 +260,7 @@ def _suite(options: argparse.Namespace, console: Console) -> int:
         console.print(f"Report: {write_targets(config, out, command)}", soft_wrap=True)
         return 0
     path = write_leaderboard(config, out, command)
-    table = profile_table(standings(config, out), "step")
+    table = profile_table(standings(config, out), {"step": "steps"})
     if table[0]:
         console.print(markdown(*table), soft_wrap=True, highlight=False)
     console.print(f"Report: {path}", soft_wrap=True)
