@@ -367,7 +367,7 @@ class _Solver:
 
     def _near_enough(self, ritz: Ritz, left: int) -> bool:
         """Whether the last products are better saved."""
-        return left <= _LAST and self._missing_share(ritz) <= _LAST_SPAN
+        return 0 < left <= _LAST and self._missing_share(ritz) <= _LAST_SPAN
 
     def _missing_share(self, ritz: Ritz) -> float:
         """Of the wanted span, by estimate; 1 where nothing is relaxed yet.

@@ -95,6 +95,18 @@ def test_the_last_products_are_saved_where_little_is_missing_and_that_is_no_conv
     assert f"of their span is missing by estimate, so {31 - saved.matvecs} products were not spent" in saved.reason
 
 
+@pytest.mark.parametrize("cap", range(11, 21))
+def test_at_the_cap_itself_there_is_nothing_to_save(cap):
+    op = planted(CROWDED, bulk=2.4)
+    start = op.eigenvectors(list(range(10)))
+    for i in range(9):
+        turn(op, 0.05, i, 20 + i)
+    result = eigsh(op, 9, tol=1e-6, v0=start, max_matvecs=cap, guard=0, extra=1, relax=(10, 1e-4))
+    left = cap - result.matvecs
+    words = f"so {left} products were not spent" if left else f"max_matvecs={cap} reached"
+    assert not result.converged and words in result.reason
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 @pytest.mark.parametrize("shift", [0.0, -6.0, 30.0])
 def test_the_estimate_of_what_a_span_misses(which, shift):
