@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import Peers
+from benchmarks.perf.bound import Rates, explain
 from benchmarks.perf.problems import PROBLEMS, Pair, Trained
 from benchmarks.perf.record import Figure
-from benchmarks.perf.timing import Timing, Work, alternate, multiplications
+from benchmarks.perf.timing import Timing, Work, alternate, multiplications, nothing
 from benchmarks.perf.verify import Judge
 
 EXACT_STEP = 200
@@ -56,9 +57,20 @@ class Lab:
         generator = torch.Generator().manual_seed(1)
         return torch.randn(count, size, generator=generator).to(self.device)
 
-    def times(self, reference: Work, sides: Mapping[str, Work], rounds: int | None = None) -> dict[str, Timing]:
+    def times(
+        self, reference: Work, sides: Mapping[str, Work], rounds: int | None = None, prepare: Work = nothing
+    ) -> dict[str, Timing]:
         """``timing.alternate`` with this call's settings."""
-        return alternate(reference, sides, rounds or self.rounds, self.device)
+        return alternate(reference, sides, rounds or self.rounds, self.device, prepare)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What the machine reaches."""
+        return Rates.measured(self.device)
+
+    def explain(self, work: Work, unit: Work, taken: float, share: int = 1, prepare: Work = nothing) -> str:
+        """``bound.explain`` with this machine's rates."""
+        return explain(work, unit, taken, self.rates, self.device, share, prepare)
 
 
 def gradient(model: nn.Module, loss_fn: nn.Module, batch: Pair) -> Work:

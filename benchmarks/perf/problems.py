@@ -44,18 +44,35 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Small pre-norm GPT with learned positions and an untied head without bias; logits are (windows * time, vocab)."""
+    """Pre-norm GPT with learned positions and a head without bias; logits are (windows * time, vocab).
 
-    def __init__(self, vocab: int, width: int = 64, layers: int = 2, heads: int = 4, context: int = CONTEXT) -> None:
+    Args:
+        vocab, width, layers, heads, context: the shape.
+        spread: standard deviations of the initial matrices and embeddings.
+        tied: the head is the embedding, as in GPT-2.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        context: int = CONTEXT,
+        spread: tuple[float, float] = (0.08, 0.3),
+        tied: bool = False,
+    ) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.08)
+                nn.init.normal_(module.weight, std=spread[0])
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.3)
+                nn.init.normal_(module.weight, std=spread[1])
+        if tied:
+            self.head.weight = self.token.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
@@ -89,9 +106,14 @@ def _cifar() -> Pair:
     return (x - mean) / std, data.targets
 
 
-def _text() -> Pair:
-    ids = load_chars("tinyshakespeare", limit=5000 * CONTEXT + 1).ids
-    return ids[:-1].view(5000, CONTEXT), ids[1:].view(5000, CONTEXT)
+def _text(windows: int = 5000, context: int = CONTEXT) -> Pair:
+    ids = load_chars("tinyshakespeare", limit=windows * context + 1).ids
+    return ids[:-1].view(windows, context), ids[1:].view(windows, context)
+
+
+def _gpt2() -> nn.Module:
+    """The shape of GPT-2 small, 124M parameters; characters take the first 65 of its 50,257 symbols."""
+    return GPT(50257, 768, 12, 12, 1024, (0.02, 0.02), tied=True)
 
 
 @dataclass(frozen=True)
@@ -99,9 +121,9 @@ class Problem:
     """A net, its data, and how it is trained.
 
     Attributes:
-        name: "mlp", "cnn" or "gpt".
+        name: "mlp", "cnn", "gpt" or (on CUDA alone) "gpt2".
         build: makes the net from torch's global generator.
-        load: reads inputs and targets, 5,000 rows.
+        load: reads inputs and targets, 5,000 rows (windows of gpt2: 1,000).
         lr, batch: of plain SGD.
         curvature_rows: rows of the curvature batch, the first ones.
         published: {place: value} of leading Hessian values at step 200.
@@ -122,6 +144,7 @@ PROBLEMS = {
         Problem("mlp", _mlp, _mnist, 0.05, 50, 1000, {0: 6.78, 1: 6.16, 2: 5.66, 8: 2.67, 9: 1.52, 10: 1.40}),
         Problem("cnn", _cnn, _cifar, 0.05, 50, 500, {0: 118, 1: 87, 2: 51, 8: 18.4, 9: 15.8, 10: 14.2}),
         Problem("gpt", lambda: GPT(65), _text, 0.1, 32, 32, {0: 19.7, 1: 14.3, 2: 10.3, 8: 3.7, 9: 3.6, 10: 3.3}),
+        Problem("gpt2", _gpt2, lambda: _text(1000, 1024), 0.1, 8, 4, {}),
     )
 }
 
@@ -171,7 +194,7 @@ class Trained:
         model.load_state_dict(self._start)
         model.train()
         opt = torch.optim.SGD(model.parameters(), lr=self.problem.lr)
-        for step, index in enumerate(order(self.problem.batch, missing[-1])):
+        for step, index in enumerate(order(self.problem.batch, missing[-1], len(self.inputs))):
             if step in missing:
                 self._weights[step] = copy.deepcopy(model.state_dict())
             x, y = self.rows(index)

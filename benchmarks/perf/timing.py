@@ -15,6 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 Work = Callable[[], Any]
 
 
+def nothing() -> None:
+    """What comes before a piece of work that needs no preparation."""
+
+
 def seconds(work: Work, device: torch.device) -> float:
     """Processor time of this process on the CPU (other processes then disturb little), elapsed time elsewhere."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -46,17 +50,20 @@ class Timing:
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def alternate(reference: Work, sides: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, Timing]:
+def alternate(
+    reference: Work, sides: Mapping[str, Work], rounds: int, device: torch.device, prepare: Work = nothing
+) -> dict[str, Timing]:
     """Time every side once a round, each between two readings of the reference.
 
     A reading is the faster of two, so that a spike in the small reference does not flatter a side; the order of the
-    sides turns from round to round.
+    sides turns from round to round. ``prepare`` comes before each side, untimed.
     """
     names = list(sides)
     ratios: dict[str, list[float]] = {name: [] for name in names}
     reference()
     if rounds > 1:  # first calls of anything take longer; a side of minutes does not notice
         for name in names:
+            prepare()
             sides[name]()
 
     def unit() -> float:
@@ -67,6 +74,7 @@ def alternate(reference: Work, sides: Mapping[str, Work], rounds: int, device: t
             gc.collect()
             gc.disable()
             try:
+                prepare()
                 before = unit()
                 spent = seconds(sides[name], device)
                 after = unit()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvopt._errors import CurvatureError
+from curvopt.curvature.data import Batch, example_count, map_tensors
 from curvopt.curvature.hessian import ProblemOperator
 from curvopt.curvature.jacobian import Outputs, batch_targets
 from curvopt.curvature.losses import recognise
@@ -15,7 +16,7 @@ from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import gradients
 
 
-def class_directions(op: ProblemOperator) -> Tensor:
+def class_directions(op: ProblemOperator, examples: int | None = None) -> Tensor:
     """``J^T (p * (e_c - p_c))``, summed over the batch, for all classes but the last: (P, C - 1), not orthonormal.
 
     J is the logits' Jacobian and p the softmax probabilities of an example, so a column is the batch's mean gradient
@@ -30,23 +31,29 @@ def class_directions(op: ProblemOperator) -> Tensor:
     Args:
         op: a Hessian or another operator over a model, a loss and data; nothing is left behind, and the passes are not
             counted in ``op.matvecs``.
+        examples: at most as many of each batch, evenly spaced over its first dimension (sorted data stay balanced):
+            a start need not be exact, the power step that follows sees every example. Tensors of another length pass
+            whole. None takes all.
 
     Raises:
         CurvatureError: the loss is not torch's cross-entropy with class targets, or the model does not return (N, C)
             logits with C > 1.
         TypeError: an operator without a model.
+        ValueError: examples below 1.
     """
     if not isinstance(op, ProblemOperator):
         raise TypeError(
             f"class directions need an operator over a model, such as curvopt.Hessian, got {type(op).__name__}"
         )
+    if examples is not None and examples < 1:
+        raise ValueError(f"examples must be at least 1, or None for all, got {examples}")
     problem = op.problem
     known = recognise(problem.loss_fn)
     if known is None or known.kind != "cross_entropy":
         raise CurvatureError("class directions are those of softmax cross-entropy: loss_fn must be torch's own")
     rows: Tensor | None = None
     for batch in problem.batches:
-        batch = problem.placed(batch)
+        batch = _spaced(problem.placed(batch), examples)
         with problem.quiet(batch):
             outputs = Outputs(problem._outputs(batch))
             logits = _logits(outputs)
@@ -62,6 +69,16 @@ def class_directions(op: ProblemOperator) -> Tensor:
                 _add(problem, row, gradients(logits, problem.leaves, cotangent * weights[:, None], retain_graph=True))
     assert rows is not None  # data without a batch are refused when they are read
     return rows.T
+
+
+def _spaced(batch: Batch, examples: int | None) -> Batch:
+    """The batch, or as many of its examples as were asked for."""
+    count = example_count(batch.raw)
+    if examples is None or count is None or count <= examples:
+        return batch
+    places = [i * count // examples for i in range(examples)]
+    fewer = map_tensors(batch.raw, lambda t: t[places] if t.dim() and len(t) == count else t)
+    return Batch(fewer, batch.number, batch.weight, batch.share)
 
 
 def _logits(outputs: Outputs) -> Tensor:

@@ -119,19 +119,29 @@ def orthonormalize_rows(
     return basis[n:filled], independent
 
 
-def cholesky_rows(rows: Tensor) -> tuple[Tensor, np.ndarray] | None:
+def cholesky_rows(
+    rows: Tensor, mix: np.ndarray | None = None, gram: np.ndarray | None = None
+) -> tuple[Tensor, np.ndarray] | None:
     """Rows that are far from dependent, orthonormalised in the given order by two passes of Cholesky QR.
 
     With the rows scaled to unit norm and a Gram matrix whose smallest eigenvalue is at least 0.01, the first pass
     loses two digits at most, and the second brings orthogonality back to rounding (Yamamoto et al. 2015,
     "CholeskyQR2"). Four passes of matrix products over the rows, where Gram-Schmidt takes four for *each* row.
 
+    Args:
+        rows: (m, P).
+        mix: (m, m); orthonormalises ``mix @ rows`` instead, in the same passes.
+        gram: ``rows @ rows.T`` in float64 on the CPU, where it is known.
+
     Returns:
         (m, P) and the (m, m) matrix that made them of the given rows, or None for rows that need the careful way.
     """
     if not 2 <= rows.shape[0] <= rows.shape[1]:
         return None
-    gram = (rows @ rows.T).to("cpu", torch.float64).numpy()
+    if gram is None:
+        gram = (rows @ rows.T).to("cpu", torch.float64).numpy()
+    if mix is not None:
+        gram = mix @ gram @ mix.T
     square = gram.diagonal().copy()
     if not np.isfinite(gram).all() or square.min() < 1e-20 or square.max() > 1e20:
         return None
@@ -140,6 +150,8 @@ def cholesky_rows(rows: Tensor) -> tuple[Tensor, np.ndarray] | None:
     if np.linalg.eigvalsh(gram)[0] < 0.01:
         return None
     first = np.linalg.inv(np.linalg.cholesky(gram)) * scale
+    if mix is not None:
+        first = first @ mix
     out = torch.from_numpy(first).to(rows) @ rows
     again = (out @ out.T).to("cpu", torch.float64).numpy()
     if not np.abs(again - np.eye(len(again))).max() < 0.01:

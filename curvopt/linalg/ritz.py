@@ -18,6 +18,8 @@ from curvopt.linalg.orthogonal import (
 )
 
 _CHUNK = 1 << 16
+# Squares of residuals come from Gram matrices down to so many roundings of the largest entry: to a few per cent there.
+_CANCELLED = 200
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
     images of the old space's Ritz vectors, orthonormalised from the most wanted on. The last row is a probe: a
     direction outside the basis that is powered along with it and changes places once it has found a new leader.
 
-    The host waits twice, for the small matrix and for the verdicts. Memory: the rows and two blocks of their size.
+    The host waits twice, for the small matrices and for the check of the new rows. Memory: the rows and two blocks of their size.
 
     Args:
         op: the operator (P, P).
@@ -91,7 +93,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
     with op.hold():
         image = op.multiply_rows(rows).detach()
     with exact_arithmetic(device):
-        grams = torch.stack([image @ rows.T, rows @ rows.T]).to("cpu", torch.float64).numpy()
+        grams = torch.stack([image @ rows.T, rows @ rows.T, image @ image.T]).to("cpu", torch.float64).numpy()
         if np.abs(grams[1] - np.eye(k + 1)).max() > 1e-3:
             raise ValueError("rows must be orthonormal to 1e-3")
         if not np.isfinite(grams[0]).all():
@@ -103,19 +105,24 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
             inner[:k, k] = inner[k, :k] = 0.0
         values, vectors = np.linalg.eigh(inner)
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
-        turn = torch.from_numpy(vectors.T.copy()).to(rows)
-        if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
-            image = image.clone()
-        rotate_rows(image, turn)
-        residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows), gain)
-        new, overlap, rank = _orthonormalized(
-            image, rows, vectors.T @ grams[0], generator=seeded_generator(seed, device)
-        )
-        verdict = residuals.to("cpu", torch.float64)
+        known = _residuals_by_gram(grams, vectors, values, torch.finfo(rows.dtype).eps) if gain == 1 else None
+        quick = None if known is None else cholesky_rows(image, vectors.T, grams[2])
+        if known is not None and quick is not None:  # nothing but the rotation has to pass over the images
+            residuals, (new, mix) = known, quick
+            overlap, rank = float(((mix @ grams[0])[:k, :k] ** 2).sum()) / k, k + 1
+        else:
+            if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
+                image = image.clone()
+            turn = torch.from_numpy(vectors.T.copy()).to(rows)
+            rotate_rows(image, turn)
+            residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows), gain)
+            new, overlap, rank = _orthonormalized(
+                image, rows, vectors.T @ grams[0], generator=seeded_generator(seed, device)
+            )
     return PowerImage(
         rows=new,
         ritz_values=torch.from_numpy(values),
-        residual_norms=verdict,
+        residual_norms=residuals,
         overlap=min(1.0, overlap),
         finite=True,
         positive=bool((values[:k] > 0).all()),
@@ -140,6 +147,24 @@ def _orthonormalized(
     return new, float((new[:k] @ rows[:k].T).square().sum()) / k, rank
 
 
+def _residuals_by_gram(grams: np.ndarray, vectors: np.ndarray, values: np.ndarray, eps: float) -> Tensor | None:
+    """``||A x_i - theta_i x_i||`` (m,) without a pass over the rows; None where rounding of the products would show.
+
+    Args:
+        grams: (3, m, m): images times rows, rows times rows, images times images.
+        vectors: of Rayleigh-Ritz, (m, m) columns.
+        values: of Rayleigh-Ritz, (m,).
+        eps: rounding of the products.
+    """
+    if not np.isfinite(grams).all():
+        return None
+    cross, old, new = (np.einsum("ji,jk,ki->i", vectors, gram, vectors) for gram in grams)
+    square = new - 2 * values * cross + values**2 * old
+    if square.min() < _CANCELLED * eps * np.abs(new).max():
+        return None
+    return torch.from_numpy(np.sqrt(square))
+
+
 def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor, gain: float) -> Tensor:
     """``||image_i - theta_i x_i||`` with ``x = turn @ rows``, chunked over P; damps all but the last by ``gain``."""
     square = torch.zeros_like(values)
@@ -149,4 +174,4 @@ def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor, g
         square += piece.square().sum(1)
         if gain != 1.0:
             part[:-1].sub_(piece[:-1], alpha=1 - gain)
-    return square.sqrt()
+    return square.sqrt().to("cpu", torch.float64)

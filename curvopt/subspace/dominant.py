@@ -285,8 +285,11 @@ class DominantSubspace:
         spectrum, group = self._spectrum(g, cold), self.groups[g]
         if spectrum.live == 0:  # nothing to start from: no copy of nothing
             return Cached(spectrum, torch.zeros(1, self._size(g), dtype=dtype, device=self.parameters.device))
-        probe = torch.cat([self.probes[i].reshape(-1) for i in group])
-        return Cached(spectrum, torch.cat([self._rows(group, dtype)[: spectrum.live], probe.to(dtype)[None]]))
+        block = torch.empty(spectrum.live + 1, self._size(g), dtype=dtype, device=self.parameters.device)
+        for i, piece in zip(group, block.split([self.parameters.sizes[i] for i in group], dim=1), strict=True):
+            piece[:-1] = self.blocks[i].reshape(self.rank, -1)[: spectrum.live]
+            piece[-1] = self.probes[i].reshape(-1)
+        return Cached(spectrum, block)
 
     def _solve(
         self, g: int, operator: SymmetricOperator, cold: bool, cutoff: Cutoff | None, start: Tensor | None = None

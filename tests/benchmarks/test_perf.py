@@ -10,9 +10,11 @@ from torch import nn
 from benchmarks.config import ConfigError
 from benchmarks.peers import DISTRIBUTIONS, Peers
 from benchmarks.perf import report
-from benchmarks.perf.problems import GPT, PROBLEMS, order
+from benchmarks.perf.bound import Profile, Rates, Traffic, explain
+from benchmarks.perf.lab import Lab
+from benchmarks.perf.problems import GPT, PROBLEMS, Problem, order
 from benchmarks.perf.record import OURS, Figure, Row
-from benchmarks.perf.rows import ROWS
+from benchmarks.perf.rows import ROWS, cuda
 from benchmarks.perf.run import chosen
 from benchmarks.perf.timing import alternate, multiplications
 from benchmarks.perf.verify import ggn64, hessian64, leading, overlap, relative_error, residual
@@ -114,6 +116,103 @@ def test_sides_alternate_and_are_in_units_of_the_reference():
 def test_multiplications_are_counted():
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     assert multiplications(lambda: a @ b) == 2 * 3 * 4 * 5
+
+
+def test_what_comes_before_a_side_is_not_timed():
+    calls = []
+
+    def burn(milliseconds):
+        end = time.process_time() + milliseconds / 1000
+        while time.process_time() < end:
+            pass
+
+    def prepare():
+        calls.append("prepare")
+        burn(40)
+
+    def side():
+        calls.append("side")
+        burn(4)
+
+    found = alternate(lambda: burn(4), {"side": side}, 3, torch.device("cpu"), prepare)
+    assert calls == ["prepare", "side"] * 4  # one round more warms up
+    assert found["side"].ratio < 4  # eleven units with the preparation
+
+
+def test_traffic_counts_what_moves_and_nothing_else():
+    a, b = torch.ones(100, 30), torch.ones(30)
+    with Traffic() as traffic:
+        a.view(30, 100).T[:5]  # views
+        a @ torch.eye(30)  # the product is no traffic, the identity is written
+    eye = traffic.bytes
+    assert eye <= 3 * 4 * 900
+    with Traffic() as traffic:
+        a + b.expand(100, 30)
+    assert traffic.bytes == 4 * (3000 + 30 + 3000)
+    with Traffic() as traffic:
+        a.add_(1.0)
+    assert traffic.bytes == 4 * (3000 + 3000)
+
+
+def test_a_profile_tells_products_from_the_rest():
+    a, far = torch.randn(400, 400), torch.randn(4_000_000)
+    heavy = Profile.of(lambda: [a @ a for _ in range(20)], torch.device("cpu"))
+    assert heavy.products > 10 * sum(heavy.others.values())
+    assert heavy.flops == 20 * 2 * 400**3
+    light = Profile.of(lambda: far.exp().mul_(2.0), torch.device("cpu"))
+    assert light.products == 0
+    assert {"exp", "mul_"} <= set(light.others)
+    assert light.bytes == 4 * 4 * len(far)
+    assert light.outside >= 0
+    calls = []
+    Profile.of(lambda: calls.append("work"), torch.device("cpu"), lambda: calls.append("prepare"))
+    assert calls == ["prepare", "work"] * 4
+
+
+def test_a_bound_is_told_in_gradients():
+    a, far = torch.randn(300, 300), torch.randn(1_000_000)
+
+    def unit():
+        return a @ a
+
+    def work():
+        return a @ (a @ a), far + 1.0
+
+    text = explain(work, unit, 2.5, Rates(1e11, 1e10), torch.device("cpu"))
+    assert text.startswith("Profile: of 2.50 gradients ")
+    assert "Bound: 2.00 times a gradient's multiplications" in text
+    assert "a square product of 2048: 100)" in text
+    assert "8 MiB that the other operations read and write at 10 GB/s" in text
+    rates = Rates.measured(torch.device("cpu"))
+    assert rates.flops > 1e8
+    assert rates.bytes > 1e7
+
+
+@pytest.mark.filterwarnings("ignore::curvopt.CurvoptWarning")
+def test_the_rows_of_gpt2_run_at_a_small_shape_on_any_device(monkeypatch):
+    def text():
+        ids = torch.randint(13, (200 * 16 + 1,), generator=torch.Generator().manual_seed(0)).cumsum(0) % 13
+        return ids[:-1].view(200, 16), ids[1:].view(200, 16)
+
+    def net():
+        return GPT(13, 16, 1, 2, 16, tied=True)
+
+    monkeypatch.setitem(PROBLEMS, "gpt2", Problem("gpt2", net, text, 0.1, 8, 32, {}))
+    cpu = torch.device("cpu")
+    assert [r.note for r in cuda.gpt2(Lab(cpu, 1, print))] == [cuda.NOT_RUN] * 4
+    cold, rough, warm, step = cuda.gpt2_rows(Lab(cpu, 1, print), windows=4)
+    # float32 products of a small net: the residual asked for is reached, and forward differences reach their .98
+    assert cold.ours.right is True
+    assert rough.ours.right is True
+    assert warm.ours.right is True
+    assert "products" in warm.ours.evidence
+    assert 0 < step.ours.value < 1
+    assert step.ours.evidence == "64 tokens a step"
+
+
+def test_gpt2_has_its_published_size():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in PROBLEMS["gpt2"].build().parameters()) == 124_439_808
 
 
 def row(ours, *peers, target=10.0, higher=False):

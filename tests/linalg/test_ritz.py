@@ -60,6 +60,25 @@ def test_values_residuals_and_overlap_are_those_of_dense_algebra() -> None:
     assert torch.equal(step.probe, step.rows[4]) and step.basis.shape == (4, 30)
 
 
+@pytest.mark.parametrize("tilt", [0.3, 0.1, 0.03, 0.01, 0.003, 0.0001])
+def test_residuals_in_float32_are_right_however_small(tilt: float) -> None:
+    # large ones come from Gram matrices, which round at 1e-7 of the largest value's square; small ones from a pass
+    size, k = 20_000, 6
+    spectrum = torch.rand(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    spectrum[:k] = torch.tensor([30.0, 25, 20, 16, 13, 10], dtype=torch.float64)
+    rows = start(size, tilt, k, torch.float32)
+    step = power_image(DiagonalOperator(spectrum.float()), rows)
+    wide = rows.double()
+    values, turn = torch.linalg.eigh(wide @ (spectrum * wide).T)
+    ritz = turn.flip(1).T @ wide
+    exact = (spectrum * ritz - values.flip(0)[:, None] * ritz).norm(dim=1)
+    # a few per cent where cancellation is worst; and what rounding leaves of the products themselves
+    assert torch.allclose(step.residual_norms, exact, rtol=0.05, atol=1e-5)
+    assert (step.rows @ step.rows.T - torch.eye(k + 1)).abs().max() <= 1e-6
+    q = torch.linalg.qr((spectrum * ritz).T).Q.T[:k]
+    assert 1 - float((step.basis.double() @ q.T).square().sum()) / k <= 1e-6  # the span of the images
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_exact_basis_stays_and_says_so(dtype: torch.dtype) -> None:
     spectrum = torch.cat([torch.tensor([9.0, 7.0, 5.0]), torch.rand(300, generator=torch.Generator().manual_seed(0))])

@@ -64,6 +64,22 @@ def test_class_directions_stream_over_batches_and_leave_no_trace():
     assert torch.equal(class_directions(GGN(model, loss_fn, (x, y))), class_directions(whole))
 
 
+def test_class_directions_of_fewer_examples_are_those_of_evenly_spaced_ones():
+    model, loss_fn, (x, y) = classifier()
+    by_class = y.argsort()  # sorted data: the first examples alone would be of one class
+    x, y = x[by_class], y[by_class]
+    found = class_directions(Hessian(model, loss_fn, (x, y)), examples=15)
+    assert torch.equal(found, class_directions(Hessian(model, loss_fn, (x[::4], y[::4]))))
+    whole = class_directions(Hessian(model, loss_fn, (x, y)))
+    assert torch.equal(class_directions(Hessian(model, loss_fn, (x, y)), examples=60), whole)
+    batches = [(x[:30], y[:30]), (x[30:], y[30:])]
+    some = [(x[:30:3], y[:30:3]), (x[30::3], y[30::3])]
+    parts = class_directions(Hessian(model, loss_fn, batches), examples=10)
+    assert torch.allclose(parts, class_directions(Hessian(model, loss_fn, some)), rtol=1e-12)
+    with pytest.raises(ValueError, match="examples must be at least 1, or None for all, got 0"):
+        class_directions(Hessian(model, loss_fn, (x, y)), examples=0)
+
+
 def test_class_directions_and_one_power_step_find_the_dominant_subspace():
     model, loss_fn, data = classifier()
     dense = dense_hessian(model, loss_fn, data)

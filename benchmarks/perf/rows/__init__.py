@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.perf.record import RowMaker
-from benchmarks.perf.rows import products, refreshes, solvers, steps
+from benchmarks.perf.rows import cuda, products, refreshes, scale, solvers, steps
 
 ROWS: dict[str, RowMaker] = {
     "hessian_product": products.hessian_product,
@@ -19,6 +19,7 @@ ROWS: dict[str, RowMaker] = {
     "auto_run": steps.auto_run,
     "memory": steps.memory,
     "host_reads": steps.host_reads,
-    "scale": steps.scale,
-    "cuda_only": steps.cuda_only,
+    "scale": scale.scale,
+    "block": cuda.block,
+    "gpt2": cuda.gpt2,
 }

@@ -59,11 +59,8 @@ def _measure(
     for p in model.parameters():
         p.grad = None
     ours = row.ours
-    if ours is not None and ours.value and ours.flops:
-        row.note = (
-            f"Bound: matrix products alone are {ours.flops:.2f} gradients by count, {ours.flops / ours.value:.0%} of the "
-            "time taken; the rest is elementwise work, bound by memory, and one pass of P numbers a product."
-        )
+    if ours is not None and ours.value:
+        row.note = lab.explain(works[OURS], unit, ours.value, share)
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch import Tensor
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, figure, gradient
 from benchmarks.perf.record import OURS, Figure, Row
-from benchmarks.perf.timing import multiplications
 from benchmarks.perf.verify import Spectrum, leading, overlap
 from curvopt.curvature import class_directions
 from curvopt.subspace import DominantSubspace
 
 LATER = EXACT_STEP + 50
+START_EXAMPLES = 250  # of the 1,000: enough for a start
 DIFFERENCES: dict[str, Any] = {"method": "finite_difference", "scheme": "forward"}
 
 
@@ -25,19 +26,29 @@ def _saved(subspace: DominantSubspace) -> dict[str, Any]:
     return copy.deepcopy(subspace.state_dict())
 
 
-def floor_note(counted: float, what: str, taken: float) -> str:
-    """How much of the time the multiplications alone explain."""
-    return (
-        f"Bound: the matrix products of {what} alone are {counted:.1f} gradients by count ({counted / taken:.0%} of the "
-        "time taken); the rest is elementwise work on activations and passes over the basis (orthonormalising, "
-        "Rayleigh-Ritz, residuals), which are bound by memory."
-    )
+def warm(
+    lab: Lab,
+    name: str,
+    k: int,
+    target: float,
+    what: str,
+    published: float | None,
+    reference: Callable[[], Spectrum] | None = None,
+    **options: Any,
+) -> Row:
+    """One refresh from the basis of step 200 at the weights of step 250; what it costs and how near it gets.
 
-
-def warm(lab: Lab, name: str, k: int, target: float, what: str, published: float, **options: Any) -> Row:
-    """One refresh from the basis of step 200 at the weights of step 250; what it costs and how near it gets."""
+    Args:
+        lab, name: where and on which problem.
+        k: rank.
+        target: in gradients.
+        what: the row's name.
+        published: what a cold solution by peers costs there.
+        reference: the right answer, called at the weights of step 250; None takes the judge's.
+        options: of the operator.
+    """
     lab.say(f"{what}, {name} k = {k}")
-    t, judge = lab.trained(name), lab.judge(name)
+    t = lab.trained(name)
     loss, batch = t.loss_fn, t.curvature_batch
     t.train([EXACT_STEP, LATER])
     with warnings.catch_warnings():
@@ -45,25 +56,26 @@ def warm(lab: Lab, name: str, k: int, target: float, what: str, published: float
         subspace = DominantSubspace(curvopt.Hessian(t.at(EXACT_STEP), loss, batch, check=False), k)
         subspace.refresh()
         before = _saved(subspace)
-        exact = judge.spectrum(LATER)
+        t.at(LATER)
+        exact = reference() if reference else lab.judge(name).spectrum(LATER)
         model = t.at(LATER)
         subspace.attach(curvopt.Hessian(model, loss, batch, check=False, **options))
 
-        def refresh() -> None:
+        def restore() -> None:
             subspace.load_state_dict(before)
-            subspace.refresh()
 
-        timing = lab.times(gradient(model, loss, batch), {OURS: refresh}, rounds=max(lab.rounds, 5))[OURS]
-        subspace.load_state_dict(before)
+        unit = gradient(model, loss, batch)
+        timing = lab.times(unit, {OURS: subspace.refresh}, rounds=max(lab.rounds, 5), prepare=restore)[OURS]
+        note = lab.explain(subspace.refresh, unit, timing.ratio, prepare=restore)
+        restore()
         report = subspace.refresh()
-        counted = curvopt.Hessian(model, loss, batch, check=False, **options).cost(report.matvecs, dry_run=True)
     near = overlap(subspace.basis, exact)
-    row = Row(what, f"{name} k = {k}", "gradients", target)
-    row.note = floor_note(counted.gradients, f"set-up and {report.matvecs} products", timing.ratio)
+    row = Row(what, f"{name} k = {k}", "gradients", target, note=note)
     words = f"overlap {near:.4f}, {report.matvecs} products ({report.kind})"
     row.figures.append(figure(OURS, timing, near >= 0.99, words))
-    cold = "eigsh on a kept graph, cold"
-    row.figures.append(Figure(cold, published, evidence="no peer warm-starts", published=True))
+    if published is not None:
+        cold = "eigsh on a kept graph, cold"
+        row.figures.append(Figure(cold, published, evidence="no peer warm-starts", published=True))
     return row
 
 
@@ -114,17 +126,18 @@ def class_start(lab: Lab) -> list[Row]:
     def ours() -> None:
         operator = curvopt.Hessian(model, loss, batch, check=False)
         subspace = DominantSubspace(operator, 9)
-        found["report"] = subspace.refresh(start=class_directions(operator))
+        found["report"] = subspace.refresh(start=class_directions(operator, START_EXAMPLES))
         found["basis"] = subspace.basis
 
-    timing = lab.times(gradient(model, loss, batch), {OURS: ours})[OURS]
+    unit = gradient(model, loss, batch)
+    timing = lab.times(unit, {OURS: ours})[OURS]
     near = overlap(found["basis"], exact)
-    words = f"overlap {near:.4f}, 9 reverse passes and {found['report'].matvecs} products ({found['report'].kind})"
+    words = (
+        f"overlap {near:.4f}, 9 reverse passes over {START_EXAMPLES} of {len(batch[0])} examples and "
+        f"{found['report'].matvecs} products ({found['report'].kind})"
+    )
     row = Row("cold leading C - 1 from class directions", "mlp k = 9", "gradients", 18.0)
-    operator = curvopt.Hessian(model, loss, batch, check=False)
-    pulls = multiplications(lambda: class_directions(operator)) / multiplications(gradient(model, loss, batch))
-    counted = pulls + operator.cost(found["report"].matvecs, dry_run=True).gradients
-    row.note = floor_note(counted, f"9 reverse passes, set-up and {found['report'].matvecs} products", timing.ratio)
+    row.note = lab.explain(ours, unit, timing.ratio)
     row.figures = [
         figure(OURS, timing, near >= 0.995, words),
         Figure("eigsh on a kept graph", 41.5, published=True),

@@ -1,15 +1,12 @@
-"""The step between refreshes, a whole run, memory, host synchronisations and scale."""
+"""The step between refreshes, a whole run, memory and host synchronisations."""
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvopt
@@ -18,7 +15,6 @@ from benchmarks.perf.memory import peak_bytes
 from benchmarks.perf.problems import order
 from benchmarks.perf.record import OURS, Figure, Row
 from curvopt.optim import rules
-from curvopt.subspace import DominantSubspace
 
 
 def projection(lab: Lab) -> list[Row]:
@@ -157,61 +153,3 @@ def host_reads(lab: Lab) -> list[Row]:
         "was not run."
     )
     return [row]
-
-
-def scale(lab: Lab) -> list[Row]:
-    """Seconds of a warm refresh and of a gradient over P, and the slope of both in the logarithms."""
-    lab.say("scale")
-    points: list[tuple[int, float, float]] = []
-    clock = time.process_time if lab.device.type == "cpu" else time.perf_counter
-    for width in (10, 100, 1000, 3000):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)
-        )
-        model.to(lab.device)
-        x, y = torch.randn(1000, 784, device=lab.device), torch.randint(10, (1000,), device=lab.device)
-        operator = curvopt.Hessian(model, nn.CrossEntropyLoss(), (x, y), check=False, route="loop")
-        size = operator.shape[0]
-        subspace = DominantSubspace(operator, 4, max_matvecs=10)
-        rows = torch.linalg.qr(torch.randn(size, 4, device=lab.device))[0].T
-        subspace.replace(rows, torch.tensor([4.0, 3.0, 2.0, 1.0]))
-        work: Callable[[], Tensor] = operator.problem.gradient
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            subspace.refresh()
-            work()
-            start = clock()
-            report = subspace.refresh()
-            middle = clock()
-            work()
-            points.append((size, (middle - start) / report.matvecs, clock() - middle))
-    logs = torch.tensor([[math.log(p), math.log(a), math.log(b)] for p, a, b in points], dtype=torch.float64)
-    centred = logs - logs.mean(0)
-    slopes = (centred[:, :1] * centred).sum(0) / (centred[:, 0] ** 2).sum()
-    row = Row(
-        "slope of a refresh's seconds over P, against the gradient's", "mlp, P = 8e3 to 1.1e7", "ratio of slopes", 1.0
-    )
-    words = "; ".join(f"P = {p:.1e}: {a / b:.2f} gradients a product" for p, a, b in points)
-    row.figures = [
-        Figure(OURS, float(slopes[1] / slopes[2]), evidence=f"slopes {slopes[1]:.2f} and {slopes[2]:.2f}; {words}")
-    ]
-    return [row]
-
-
-def cuda_only(lab: Lab) -> list[Row]:
-    """Blocks where launches dominate, and host synchronisations: rows that need a CUDA device."""
-    block = Row("block of 10 products, small net", "mlp, CUDA", "single products", 2.5)
-    if lab.device.type != "cuda":
-        block.note = "Not run: no CUDA device."
-        return [block]
-    lab.say("block of 10 products on CUDA")
-    t = lab.trained("mlp")
-    model = t.at(EXACT_STEP)
-    operator = curvopt.Hessian(model, t.loss_fn, t.rows(slice(50)), check=False)
-    rows = lab.vectors(operator.shape[0], 10)
-    with operator.hold():
-        operator.multiply_rows(rows)
-        timing = lab.times(lambda: operator.multiply_rows(rows[:1]), {OURS: lambda: operator.multiply_rows(rows)})
-    block.figures = [figure(OURS, timing[OURS], None, f"route {operator.route}")]
-    return [block]
