@@ -31,13 +31,14 @@ def class_directions(op: ProblemOperator, examples: int | None = None) -> Tensor
     Args:
         op: a Hessian or another operator over a model, a loss and data; nothing is left behind, and the passes are not
             counted in ``op.matvecs``.
-        examples: at most as many of each batch, evenly spaced over its first dimension (sorted data stay balanced):
-            a start need not be exact, the power step that follows sees every example. Tensors of another length pass
-            whole. None takes all.
+        examples: at most as many of each batch, those that the net is least decided about, for one forward pass more:
+            they hold most of the sum (a quarter of a batch 60 %), a start need not be exact, and the power step that
+            follows sees every example. Tensors of a batch whose first dimension has another length pass whole. None
+            takes all.
 
     Raises:
         CurvatureError: the loss is not torch's cross-entropy with class targets, or the model does not return (N, C)
-            logits with C > 1.
+            logits with C > 1, or with ``examples`` another number of rows than the batch has.
         TypeError: an operator without a model.
         ValueError: examples below 1.
     """
@@ -53,7 +54,7 @@ def class_directions(op: ProblemOperator, examples: int | None = None) -> Tensor
         raise CurvatureError("class directions are those of softmax cross-entropy: loss_fn must be torch's own")
     rows: Tensor | None = None
     for batch in problem.batches:
-        batch = _spaced(problem.placed(batch), examples)
+        batch = _least_decided(problem, problem.placed(batch), examples)
         with problem.quiet(batch):
             outputs = Outputs(problem._outputs(batch))
             logits = _logits(outputs)
@@ -71,12 +72,19 @@ def class_directions(op: ProblemOperator, examples: int | None = None) -> Tensor
     return rows.T
 
 
-def _spaced(batch: Batch, examples: int | None) -> Batch:
-    """The batch, or as many of its examples as were asked for."""
+def _least_decided(problem: Problem, batch: Batch, examples: int | None) -> Batch:
+    """The batch, or as many of its examples as were asked for: those with the largest ``1 - sum p^2``."""
     count = example_count(batch.raw)
     if examples is None or count is None or count <= examples:
         return batch
-    places = [i * count // examples for i in range(examples)]
+    with problem.quiet(batch, grad=False):
+        logits = problem._outputs(batch)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+        raise CurvatureError(
+            f"examples={examples} needs one row of logits an example: the batch has {count}, the model returned "
+            + (f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}")
+        )
+    places = logits.detach().softmax(1).square().sum(1).topk(examples, largest=False).indices
     fewer = map_tensors(batch.raw, lambda t: t[places] if t.dim() and len(t) == count else t)
     return Batch(fewer, batch.number, batch.weight, batch.share)
 

@@ -291,7 +291,10 @@ class Hessian(ProblemOperator):
     def _multiply(self, rows: Tensor) -> Tensor:
         with self.hold():
             if self.method == "finite_difference":
-                return torch.stack([self._difference(row) for row in rows]) if len(rows) else rows.clone()
+                out = torch.empty_like(rows)
+                for row, product in zip(rows, out, strict=True):
+                    product.copy_(self._difference(row))
+                return out
             return self._route.run(rows, self._one, self._many, self._width, lambda: self.graph_bytes)
 
     def _one(self, row: Tensor, out: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.orthogonal import exact_arithmetic
+from curvopt.linalg.orthogonal import exact_arithmetic, gram_matrices
 from curvopt.linalg.result import EigenResult
 
 Deflation = EigenResult | tuple[Tensor, Tensor] | Tensor
@@ -66,7 +66,7 @@ def known_directions(op: SymmetricOperator, deflate: Deflation | None) -> Known:
         raise ValueError(f"deflate has {vectors.shape[1]} vectors but eigenvalues of shape {tuple(values.shape)}")
     rows = vectors.detach().T.contiguous()
     with exact_arithmetic(op.device):
-        gram = (rows @ rows.T).to("cpu", torch.float64).numpy()
+        gram = gram_matrices((rows, rows))[0]
     if rows.shape[0] and np.abs(gram - np.eye(len(gram))).max() > 1e-3:
         raise ValueError("deflate must hold orthonormal columns (to 1e-3)")
     if values is not None:
@@ -74,6 +74,6 @@ def known_directions(op: SymmetricOperator, deflate: Deflation | None) -> Known:
         return Known(rows, exact, float((exact**2).sum()) + spread)
     image = op.multiply_rows(rows).detach()
     with exact_arithmetic(op.device):
-        inner = (image @ rows.T).to("cpu", torch.float64).numpy()
+        inner = gram_matrices((image, rows))[0]
         squares = float(image.double().square().sum())
     return Known(rows, np.linalg.eigvalsh((inner + inner.T) / 2), squares)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
-from curvopt.linalg.orthogonal import exact_arithmetic, orthonormalize_rows, seeded_generator
+from curvopt.linalg.orthogonal import exact_arithmetic, gram_matrices, orthonormalize_rows, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def block_nystrom(
 
 
 def _pairs(operand: Tensor, image: Tensor, floor: float, matvecs: int) -> BlockPairs:
-    core = (image @ operand.T).to("cpu", torch.float64).numpy()
+    core = gram_matrices((image, operand))[0]
     if not np.isfinite(core).all():
         raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")
     ritz, vectors = np.linalg.eigh((core + core.T) / 2)

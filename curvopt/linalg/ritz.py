@@ -12,6 +12,7 @@ from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg.orthogonal import (
     cholesky_rows,
     exact_arithmetic,
+    gram_matrices,
     orthonormalize_rows,
     rotate_rows,
     seeded_generator,
@@ -68,7 +69,8 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
     images of the old space's Ritz vectors, orthonormalised from the most wanted on. The last row is a probe: a
     direction outside the basis that is powered along with it and changes places once it has found a new leader.
 
-    The host waits twice, for the small matrices and for the check of the new rows. Memory: the rows and two blocks of their size.
+    The host waits twice, for the small matrices and for the check of the new rows. Memory: the rows and a block of their
+    size, in the careful case two.
 
     Args:
         op: the operator (P, P).
@@ -93,7 +95,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
     with op.hold():
         image = op.multiply_rows(rows).detach()
     with exact_arithmetic(device):
-        grams = torch.stack([image @ rows.T, rows @ rows.T, image @ image.T]).to("cpu", torch.float64).numpy()
+        grams = gram_matrices((image, rows), (rows, rows), (image, image))
         if np.abs(grams[1] - np.eye(k + 1)).max() > 1e-3:
             raise ValueError("rows must be orthonormal to 1e-3")
         if not np.isfinite(grams[0]).all():
@@ -105,20 +107,18 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
             inner[:k, k] = inner[k, :k] = 0.0
         values, vectors = np.linalg.eigh(inner)
         values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
+        if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
+            image = image.clone()
+        generator = seeded_generator(seed, device)
         known = _residuals_by_gram(grams, vectors, values, torch.finfo(rows.dtype).eps) if gain == 1 else None
-        quick = None if known is None else cholesky_rows(image, vectors.T, grams[2])
-        if known is not None and quick is not None:  # nothing but the rotation has to pass over the images
-            residuals, (new, mix) = known, quick
-            overlap, rank = float(((mix @ grams[0])[:k, :k] ** 2).sum()) / k, k + 1
+        if known is not None:  # nothing but the rotation has to pass over the images
+            residuals = known
+            new, overlap, rank = _orthonormalized(image, rows, grams[0], generator, vectors.T, grams[2])
         else:
-            if image.data_ptr() == rows.data_ptr():  # an operator may hand its operand back
-                image = image.clone()
             turn = torch.from_numpy(vectors.T.copy()).to(rows)
             rotate_rows(image, turn)
             residuals = _residual_norms(rows, image, turn, torch.from_numpy(values).to(rows), gain)
-            new, overlap, rank = _orthonormalized(
-                image, rows, vectors.T @ grams[0], generator=seeded_generator(seed, device)
-            )
+            new, overlap, rank = _orthonormalized(image, rows, vectors.T @ grams[0], generator)
     return PowerImage(
         rows=new,
         ritz_values=torch.from_numpy(values),
@@ -133,16 +133,22 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
 
 
 def _orthonormalized(
-    image: Tensor, rows: Tensor, inner: np.ndarray, generator: torch.Generator
+    image: Tensor,
+    rows: Tensor,
+    cross: np.ndarray,
+    generator: torch.Generator,
+    mix: np.ndarray | None = None,
+    gram: np.ndarray | None = None,
 ) -> tuple[Tensor, float, int]:
     """New rows from images, their overlap with the old ones (the probe left out), and how many images were independent.
 
-    ``inner`` is ``image @ rows.T``: where the new rows are a known combination of the images it gives the overlap.
+    ``cross`` is ``image @ rows.T``: where the new rows are a known combination of the images it gives the overlap. For
+    ``mix`` and ``gram`` see ``cholesky_rows``; the images are overwritten.
     """
     k = len(rows) - 1
-    if (quick := cholesky_rows(image)) is not None:
+    if (quick := cholesky_rows(image, mix, gram, in_place=True)) is not None:
         new, combination = quick
-        return new, float(((combination @ inner)[:k, :k] ** 2).sum()) / k, k + 1
+        return new, float(((combination @ cross)[:k, :k] ** 2).sum()) / k, k + 1
     new, rank = orthonormalize_rows(image, generator=generator)
     return new, float((new[:k] @ rows[:k].T).square().sum()) / k, rank
 

@@ -6,7 +6,7 @@ import torch
 from curvopt.curvature.dense import DenseOperator, DiagonalOperator, PlantedSpectrum
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg import power_image
-from curvopt.linalg.orthogonal import orthonormalize_rows, random_orthogonal, remove_components
+from curvopt.linalg.orthogonal import gram_matrices, orthonormalize_rows, random_orthogonal, remove_components
 
 
 def start(size: int, tilt: float, k: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -74,7 +74,9 @@ def test_residuals_in_float32_are_right_however_small(tilt: float) -> None:
     exact = (spectrum * ritz - values.flip(0)[:, None] * ritz).norm(dim=1)
     # a few per cent where cancellation is worst; and what rounding leaves of the products themselves
     assert torch.allclose(step.residual_norms, exact, rtol=0.05, atol=1e-5)
-    assert (step.rows @ step.rows.T - torch.eye(k + 1)).abs().max() <= 1e-6
+    new = step.rows.double()
+    # rows along an axis are the worst case: beside an entry of 1 the squares of the others are rounded away
+    assert (new @ new.T - torch.eye(k + 1)).abs().max() <= 2e-5
     q = torch.linalg.qr((spectrum * ritz).T).Q.T[:k]
     assert 1 - float((step.basis.double() @ q.T).square().sum()) / k <= 1e-6  # the span of the images
 
@@ -156,6 +158,32 @@ def test_bad_rows(rows: torch.Tensor, text: str) -> None:
 
 
 # ---- the arithmetic beneath
+def test_gram_matrices_are_right_however_long_the_rows() -> None:
+    for size in (1, 300, 1 << 14, 200_001):
+        a, b = torch.randn(3, size), torch.randn(4, size)
+        exact = a.double() @ b.double().T
+        found = torch.from_numpy(gram_matrices((a, b))[0])
+        assert torch.allclose(found, exact, rtol=0, atol=2e-6 * size), size  # 2e-6 of a row's square
+        squares = torch.from_numpy(gram_matrices((a, a))[0]).diagonal()
+        # a sum in one go is wrong by 1e-5 at the last size
+        assert torch.allclose(squares, a.double().square().sum(1), rtol=2e-6, atol=0), size
+    turned = torch.randn(200_001, 3).T  # columns of an eigensolver: no copy is needed
+    assert torch.allclose(
+        torch.from_numpy(gram_matrices((turned, turned))[0]), turned.double() @ turned.double().T, rtol=1e-5, atol=1
+    )
+    assert gram_matrices((turned[:0], turned[:0]), (turned[:0], turned[:0])).shape == (2, 0, 0)
+
+
+def test_a_long_basis_is_orthonormal_to_rounding() -> None:
+    size, k = 200_000, 5
+    spectrum = torch.full((size,), 0.1)
+    spectrum[::2] = 1.0
+    rows, _ = orthonormalize_rows(torch.randn(k + 1, size, generator=torch.Generator().manual_seed(1)))
+    step = power_image(DiagonalOperator(spectrum), rows)
+    wide = step.rows.double()
+    assert (wide @ wide.T - torch.eye(k + 1)).abs().max() <= 3e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_orthonormal_rows_of_badly_scaled_and_dependent_ones(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

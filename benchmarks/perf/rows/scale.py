@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +10,21 @@ from torch import Tensor, nn
 import curvopt
 from benchmarks.perf.lab import Lab
 from benchmarks.perf.record import OURS, Figure, Row
-from benchmarks.perf.timing import seconds
+from benchmarks.perf.timing import Work, seconds
+from curvopt.linalg import power_image
 from curvopt.linalg.orthogonal import orthonormalize_rows
-from curvopt.subspace import DominantSubspace
+
+RANK = 4
+PROFILED = 3000  # the width whose profile stands in the note
 
 
 def scale(lab: Lab) -> list[Row]:
-    """Seconds of a warm refresh's product and of a gradient over P, and the slope of both in the logarithms."""
-    points = [_at_width(lab, *shape) for shape in ((10, 1000), (100, 1000), (1000, 1000), (3000, 1000), (9500, 200))]
+    """Seconds a product of a power step, which a warm refresh is, and of a gradient over P: slopes in the logarithms."""
+    points, note = [], ""
+    for width in (10, 100, 1000, PROFILED, 9500):
+        point, profile = _at_width(lab, width)
+        points.append(point)
+        note = profile or note
     size, product, once, counted = (torch.tensor(c, dtype=torch.float64) for c in zip(*points, strict=True))
     slopes = _slope(size, product), _slope(size, once)
     row = Row(
@@ -27,40 +33,37 @@ def scale(lab: Lab) -> list[Row]:
     words = "; ".join(f"P = {p:.1e}: {a / b:.2f} gradients a product, counted {c:.2f}" for p, a, b, c in points)
     row.figures = [Figure(OURS, slopes[0] / slopes[1], evidence=f"slopes {slopes[0]:.2f} and {slopes[1]:.2f}; {words}")]
     row.note = (
+        f"A power step of {RANK + 1} products, set-up included, batches of 1,000. "
         f"Bound: multiplications alone give {_slope(size, counted * once) / slopes[1]:.2f}. The first layer needs no "
         "input gradient, which makes a narrow net's products cheaper beside its gradient than a wide one's, where the "
-        "square hidden layer is nearly all. Set-up included; batches of 1,000, at the largest P of 200."
+        f"square hidden layer is nearly all. The step at P = {points[3][0]:.1e}: {note}"
     )
     return [row]
 
 
-def _at_width(lab: Lab, width: int, batch: int) -> tuple[int, float, float, float]:
-    """(P, seconds a product of a warm refresh, seconds of a gradient, gradients a product by count)."""
+def _at_width(lab: Lab, width: int) -> tuple[tuple[int, float, float, float], str]:
+    """(P, seconds a product of a power step, seconds of a gradient, gradients a product by count), and a profile."""
     lab.say(f"scale, width {width}")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
     model.to(lab.device)
-    x, y = torch.randn(batch, 784, device=lab.device), torch.randint(10, (batch,), device=lab.device)
+    x, y = torch.randn(1000, 784, device=lab.device), torch.randint(10, (1000,), device=lab.device)
     operator = curvopt.Hessian(model, nn.CrossEntropyLoss(), (x, y), check=False, route="loop")
-    size = operator.shape[0]
-    subspace = DominantSubspace(operator, 4, max_matvecs=10)
-    rows = torch.randn(4, size, device=lab.device)
-    subspace.replace(orthonormalize_rows(rows)[0], torch.tensor([4.0, 3.0, 2.0, 1.0]))
-    products, gradients, reports = [], [], []
+    size, count = operator.shape[0], RANK + 1
+    rows = orthonormalize_rows(torch.randn(count, size, device=lab.device))[0]
 
-    def refresh() -> None:
-        reports.append(subspace.refresh())
+    def step() -> None:
+        power_image(operator, rows)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        refresh()
-        operator.problem.gradient()
-        for _ in range(lab.rounds if size < 10**7 else 1):
-            products.append(seconds(refresh, lab.device) / reports[-1].matvecs)
-            gradients.append(seconds(operator.problem.gradient, lab.device))
-    matvecs = reports[-1].matvecs
-    counted = operator.cost(matvecs, dry_run=True).gradients / matvecs
-    return size, statistics.median(products), statistics.median(gradients), counted
+    gradient: Work = operator.problem.gradient
+    large = size >= 10**7
+    for work in (gradient, gradient if large else step):  # first calls of anything take longer
+        work()
+    times = [(seconds(gradient, lab.device), seconds(step, lab.device)) for _ in range(1 if large else lab.rounds)]
+    once, whole = (statistics.median(column) for column in zip(*times, strict=True))
+    counted = operator.cost(count, dry_run=True).gradients / count
+    profile = lab.explain(step, gradient, whole / once) if width == PROFILED else ""
+    return (size, whole / count, once, counted), profile
 
 
 def _slope(size: Tensor, times: Tensor) -> float:
