@@ -131,12 +131,18 @@ class SubspaceEngine:
             return
         s = self.subspace
         due = s.ready and isinstance(self.policy, Auto) and self.state.age >= self.state.interval
-        self.state.planned_matvecs = s.planned_matvecs if due else 0  # looked at by nothing else
+        self.state.planned_matvecs = s.least_matvecs if due else 0  # looked at by nothing else
         self.state.later_matvecs, self.state.later_steps = s.later_matvecs, s.later_steps
         decision = self.policy.decide(self.state)
         if decision == "keep":
             return
-        self.refresh(closure, cold=decision == "recompute")
+        most = s.max_matvecs
+        if due and s.layout == "whole" and isinstance(self.policy, Auto):
+            s.max_matvecs = min(most, max(self.policy.budget(self.state), s.rank))
+        try:
+            self.refresh(closure, cold=decision == "recompute")
+        finally:
+            s.max_matvecs = most
 
     @property
     def at_rest(self) -> bool:

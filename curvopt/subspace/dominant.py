@@ -82,12 +82,10 @@ class DominantSubspace:
         self.adaptive = adaptive
         self.tol = tol
         self.max_matvecs = 4 * rank + 20 if max_matvecs is None else max_matvecs
-        self.seed = seed
-        self.gain = gain
+        self.seed, self.gain = seed, gain
         self.age = self.refreshes = self.attempts = self.matvecs = 0
         self.seconds_products = 0.0
-        self.overlap = math.nan
-        self.reason = "never refreshed"
+        self.overlap, self.reason = math.nan, "never refreshed"
         self.dtype = known.dtype if dtype is None else dtype
         self._groups: list[list[int]] | None = [list(range(len(known)))] if layout == "whole" else None
         self._layers: list[SymmetricOperator] | None = None
@@ -96,10 +94,8 @@ class DominantSubspace:
         self.blocks = [self._zeros((rank, *shape)) for shape in known.shapes]
         self.probes = [self._zeros(tuple(shape)) for shape in known.shapes]
         self._reset_spectrum()
-        self._gap_warned = False
-        self._cap_warned = False
-        self._first_matvecs = 0
-        self._earlier_steps = 0
+        self._gap_warned = self._cap_warned = False
+        self._first_matvecs = self._earlier_steps = 0
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.parameters.device)
@@ -108,8 +104,7 @@ class DominantSubspace:
         shape = (len(self.groups), self.rank)
         self._values = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self._residuals = torch.full(shape, math.inf, dtype=torch.float64, device="cpu")
-        self._next = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
-        self._next_residuals = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
+        self._next, self._next_residuals = torch.zeros(2, shape[0], dtype=torch.float64, device="cpu")
         self._has_probe = [False] * shape[0]
         self._converged = torch.zeros(shape[0], dtype=torch.bool, device="cpu")
         self.mass = torch.zeros(len(self.parameters), self.rank, dtype=torch.float64, device="cpu")
@@ -316,6 +311,12 @@ class DominantSubspace:
             return self.max_matvecs * len(self.groups)
         return sum(self._spectrum(g).worst_matvecs(self._plan(g), self._size(g)) for g in range(len(self.groups)))
 
+    @property
+    def least_matvecs(self) -> int:
+        """Products that a refresh which ``max_matvecs`` cuts short needs to be of use; with a basis a layer all of them."""
+        simple = self.ready and not self.adaptive and self.layout == "whole"
+        return self._spectrum(0).least_matvecs(self._plan(0), self._size(0)) if simple else self.planned_matvecs
+
     def _commit(self, solutions: list[Solution], matvecs: int) -> RefreshReport:
         overlaps = [self._overlap_with(g, s) for g, s in enumerate(solutions)]
         known = [x for x in overlaps if x is not None]
@@ -443,8 +444,7 @@ class DominantSubspace:
         """
         for name, shape, block in zip(self.parameters.names, self.parameters.shapes, state_dict["basis"], strict=True):
             check_block(name, block, (self.rank, *shape))
-        for mine, saved in zip(self.blocks, state_dict["basis"], strict=True):
-            mine.copy_(saved)
-        for mine, saved in zip(self.probes, state_dict["probe"], strict=True):
+        given = (*state_dict["basis"], *state_dict["probe"])
+        for mine, saved in zip((*self.blocks, *self.probes), given, strict=True):
             mine.copy_(saved)
         self.load_scalars(state_dict)

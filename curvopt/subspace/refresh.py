@@ -24,7 +24,7 @@ class RefreshState:
         interval: the period that ``Auto`` aims at, in steps.
         overlap: ``||V_new^T V_old||_F^2 / k`` of the last two bases; NaN before the second refresh.
         cost_ratio: seconds of one product over seconds of one training step; NaN until measured.
-        planned_matvecs: products that the next refresh may spend at most.
+        planned_matvecs: products that the next refresh needs to be of use.
         later_matvecs: products spent since the first refresh.
         later_steps: steps taken since the first refresh.
         failed: the last attempt failed, so the basis in use is older than planned.
@@ -86,8 +86,8 @@ class Auto:
 
     The period doubles when two successive bases overlap by .98 or more and halves below .90: staleness is measured,
     not guessed. The budget is a ledger of counts: after the first refresh, which always happens, a further one is
-    taken only if ``(later_matvecs + planned_matvecs) * cost_ratio <= overhead * later_steps`` holds with it, the
-    dearest way it can go counted in. So refreshes never take more than the share ``overhead`` of the time of the
+    taken only if ``(later_matvecs + planned_matvecs) * cost_ratio <= overhead * later_steps`` holds with it, and it may
+    spend ``budget`` products at most. So refreshes never take more than the share ``overhead`` of the time of the
     steps, and what one refresh did not use is there for the next.
 
     Args:
@@ -100,6 +100,11 @@ class Auto:
         """Whether the budget covers one more refresh; never before the cost ratio is measured."""
         cost = (state.later_matvecs + state.planned_matvecs) * state.cost_ratio
         return cost <= self.overhead * state.later_steps  # False where the ratio is NaN
+
+    def budget(self, state: RefreshState) -> int:
+        """Products that a further refresh may spend."""
+        whole = self.overhead * state.later_steps / state.cost_ratio
+        return math.floor(whole * (1 + 1e-12)) - state.later_matvecs  # what ``affordable`` grants is never cut by rounding
 
     def decide(self, state: RefreshState) -> Decision:
         """Refine when the period is over and the budget allows it."""

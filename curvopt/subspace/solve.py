@@ -123,6 +123,10 @@ class Spectrum:
         extra = plan.k + 1 if route == "image" else 0
         return min(plan.max_matvecs, extra + plan.warm_matvecs)
 
+    def least_matvecs(self, plan: Plan, size: int) -> int:
+        """Products below which a refresh from here is no use: one power step, or chains to their end."""
+        return plan.k + 1 if self.route(plan, size) == "image" else self.worst_matvecs(plan, size)
+
     def warm_tolerance(self, plan: Plan) -> float:
         """Relative residual for a warm chain: ``plan.tol``, or less where the k-th value is close to the next."""
         if self.live < plan.k or self.values[0] <= 0:
@@ -162,7 +166,7 @@ class Solution:
         next_value: Ritz value that follows; 0 where there is none.
         next_residual: its residual.
         kind: how it was found.
-        converged: every residual met the tolerance; an image is not tested and counts as converged.
+        converged: every residual met the tolerance; an image is not tested and counts as converged where it is trusted.
         reason: in words.
         guard_matvecs: products of the look for skipped values.
         overlap: with the old rows, ``||V_new V_old^T||_F^2 / k``, where the solver has it already.
@@ -218,7 +222,7 @@ class RefreshReport:
         guard_matvecs: the part that looked for skipped values.
         overlap: ``||V_new^T V_old||_F^2 / k``; NaN where there was no old basis.
         converged: every wanted pair met the tolerance, or without a gap their span did by estimate (an image is not tested
-            and counts as converged).
+            and counts as converged where a gap follows and it moved little).
         reason: the solver's words.
     """
 
@@ -333,10 +337,13 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
     trusted = image.positive and values[k] >= -_ROUNDING * values[0] and ratio * plan.image_gap <= 1
     trusted = trusted and (1 - image.overlap) * ratio**2 <= _IMAGE_ERROR
     averaging = plan.gain < 1 and image.positive
-    if not (trusted or averaging) and left >= k:
+    if not (trusted or averaging) and left >= min(plan.warm_matvecs, plan.enough_matvecs):
         start = image.rows if image.positive else rows
         tol = Spectrum(values[:k], float(values[k]), 0.0, True).warm_tolerance(plan)
         return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), tol)
+    reason = f"one block power step of {k + 1} products"
+    if not (trusted or averaging):
+        reason += f", not near enough for good, and max_matvecs={plan.max_matvecs} leaves none for chains after it"
     return Solution(
         rows=image.rows[:k],
         values=values[:k],
@@ -345,8 +352,8 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
         next_value=float(values[k]),
         next_residual=float(image.residual_norms[k]),
         kind="image",
-        converged=True,
-        reason=f"one block power step of {k + 1} products",
+        converged=trusted or averaging,
+        reason=reason,
         overlap=image.overlap if cached.spectrum.live == k else None,
     )
 

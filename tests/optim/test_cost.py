@@ -10,6 +10,7 @@ from torch import nn
 import curvopt
 from benchmarks.perf.memory import peak_bytes
 from curvopt._params import ParameterLayout
+from tests.quadratics import Quartic, parameters, with_spectrum
 
 
 def make(**options):
@@ -125,6 +126,34 @@ def test_history_needs_no_product():
     opt, _ = make(source="history", curvature=None)
     cost = opt.cost(dry_run=True)
     assert (cost.first.products, cost.refresh.products, cost.refresh.gradients) == (0, 0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::curvopt._errors.RefreshWarning")
+def test_auto_refreshes_once_a_power_step_is_paid_for_and_never_overdraws():
+    params = parameters([(8, 4), (8,)])
+    leaders = [10.0, 9, 8]
+    operator = Quartic(with_spectrum(leaders + [1.0] * 37), params)
+    options = {"rank": 3, "refresh_every": "auto", "overhead": 0.1, "costs": 1.0}
+    opt = curvopt.BulkSGD(params, lr=1e-3, curvature=operator, **options)
+    when, reasons = [], []
+    for step in range(900):
+        if step == 100:
+            operator.matrix = with_spectrum(leaders + [1.0] * 37, seed=7)  # other leaders: a power step is not enough
+        for p, g in zip(params, operator.slope(operator._x()).split([32, 8]), strict=True):
+            p.grad = g.reshape(p.shape)
+        known = opt.subspace.refreshes
+        opt.step()
+        s = opt.subspace
+        assert s.later_matvecs <= 0.1 * s.later_steps + 1e-9  # a tenth of the steps, at each moment
+        assert s.max_matvecs == 32  # 4 k + 20, put back
+        if s.refreshes > known:
+            when.append(step)
+            reasons.append(s.reason)
+    assert when[:3] == [0, 40, 80]  # k + 1 = 4 products, a tenth of forty steps; their dearest way is 21
+    assert "not near enough for good" in reasons[3]  # step 120, with 12 products in hand, 8 of them spent
+    assert "chain" not in reasons[4] and when[4] > 120 + 100  # then chains are waited for until they can be paid
+    exact = torch.linalg.eigh(operator.matrix).eigenvectors[:, -3:]
+    assert float((exact.T @ opt.subspace.basis).square().sum()) / 3 > 0.99
 
 
 def test_a_closure_costs_two_calls_a_product():
