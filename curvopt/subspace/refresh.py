@@ -103,8 +103,8 @@ class Auto:
 
     def budget(self, state: RefreshState) -> int:
         """Products that a further refresh may spend."""
-        whole = self.overhead * state.later_steps / state.cost_ratio
-        return math.floor(whole * (1 + 1e-12)) - state.later_matvecs  # what ``affordable`` grants is never cut by rounding
+        paid = self.overhead * state.later_steps / state.cost_ratio
+        return math.floor(paid * (1 + 1e-12)) - state.later_matvecs  # rounding never cuts what ``affordable`` granted
 
     def decide(self, state: RefreshState) -> Decision:
         """Refine when the period is over and the budget allows it."""
