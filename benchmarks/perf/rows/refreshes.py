@@ -18,7 +18,7 @@ from curvopt.curvature import class_directions
 from curvopt.subspace import DominantSubspace
 
 LATER = EXACT_STEP + 50
-START_EXAMPLES = 300  # of the 1,000, the least decided ones: enough for a start
+START_EXAMPLES = 250  # of the 1,000, the least decided ones: enough for a start
 DIFFERENCES: dict[str, Any] = {"method": "finite_difference", "scheme": "forward"}
 
 
