@@ -14,7 +14,7 @@ from torch import Tensor
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg import eigsh, power_image
-from curvopt.linalg.orthogonal import gram_matrices, orthonormalize_rows
+from curvopt.linalg.orthogonal import gram_matrices, orthonormalize_rows, random_orthogonal
 
 # A block power step shrinks the error along v_{k+1} by lambda_{k+1}/lambda_k; below this gap Krylov is cheaper. An image
 # is not tested against tol: whoever asks for a tight one gets it only where the gap is wide.
@@ -254,7 +254,10 @@ def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Soluti
     if plan.k >= operator.shape[0] or plan.max_matvecs < plan.k + 1:
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
-    rows, _ = orthonormalize_rows(torch.cat([start, start.new_zeros(1, start.shape[1])]), generator=generator)
+    rows, _ = orthonormalize_rows(start, generator=generator)
+    probe = random_orthogonal(rows, generator)
+    assert probe is not None  # k < P
+    rows = torch.cat([rows, probe[None]])
     unknown = Spectrum(torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0, 0.0, False)
     # the probe is random and knows nothing of the next value yet: as if the gap were just wide enough
     return _image(operator, replace(plan, gain=1.0), Cached(unknown, rows), 0.999 / plan.image_gap)
