@@ -86,7 +86,8 @@ def page(
         "# What curvature costs",
         "",
         f"`{how}` on {where['processor']} ({where['cores']} cores; GPU: {where['gpu']}), {where['platform']}, "
-        f"Python {where['python']}, torch {where['torch']}, commit {where['commit']}, {where['date']}.",
+        f"Python {where['python']}, torch {where['torch']}, commit {where['commit']}, {where['date']}. "
+        "That is the latest call; rows can be measured one by one, and each says below at which commit it was.",
         "",
         "Times are processor seconds in units of one gradient (forward and backward of the same batch) in the same "
         "process, at one thread, sides alternating; each is the median over the rounds, with the extremes beside it. "
