@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import Peers
 from benchmarks.perf.bound import Rates, explain
-from benchmarks.perf.problems import PROBLEMS, Pair, Trained
+from benchmarks.perf.problems import PROBLEMS, Pair, Problem, Trained
 from benchmarks.perf.record import Figure
 from benchmarks.perf.timing import Timing, Work, alternate, multiplications, nothing
 from benchmarks.perf.verify import Judge
@@ -26,12 +26,20 @@ class Lab:
         device: where everything runs.
         rounds: of a timing.
         say: takes a line about progress.
+        problems: what the names that rows ask for stand for.
     """
 
-    def __init__(self, device: torch.device, rounds: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rounds: int,
+        say: Callable[[str], None],
+        problems: Mapping[str, Problem] = PROBLEMS,
+    ) -> None:
         self.device = device
         self.rounds = rounds
         self.say = say
+        self.problems = problems
         self._trained: dict[str, Trained] = {}
         self._judges: dict[str, Judge] = {}
 
@@ -43,7 +51,7 @@ class Lab:
     def trained(self, name: str) -> Trained:
         """A problem, trained once."""
         if name not in self._trained:
-            self._trained[name] = Trained(PROBLEMS[name], self.device)
+            self._trained[name] = Trained(self.problems[name], self.device)
         return self._trained[name]
 
     def judge(self, name: str) -> Judge:

@@ -66,11 +66,11 @@ def gram_matrices(*pairs: tuple[Tensor, Tensor]) -> np.ndarray:
     whole = size - size % _SUM
     found = []
     for a, b in pairs:
-        parts = [a[:, whole:] @ b[:, whole:].T]
+        parts = (a[:, whole:] @ b[:, whole:].T)[None]
         if whole:
-            pieces = a[:, :whole].unflatten(1, (-1, _SUM)), b[:, :whole].unflatten(1, (-1, _SUM))
-            parts += torch.bmm(pieces[0].transpose(0, 1), pieces[1].permute(1, 2, 0))
-        found.append(torch.stack(parts))
+            left, right = (rows[:, :whole].unflatten(1, (-1, _SUM)) for rows in (a, b))
+            parts = torch.cat([parts, torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0))])
+        found.append(parts)
     total: np.ndarray = torch.stack(found).to("cpu", torch.float64).sum(1).numpy()
     return total
 

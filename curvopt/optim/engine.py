@@ -136,7 +136,7 @@ class SubspaceEngine:
         decision = self.policy.decide(self.state)
         if decision == "keep":
             return
-        most = s.max_matvecs
+        most = s.max_matvecs  # the ledger's balance caps this one refresh, and no other
         if due and s.layout == "whole" and isinstance(self.policy, Auto):
             s.max_matvecs = min(most, max(self.policy.budget(self.state), s.rank))
         try:

@@ -104,7 +104,7 @@ class Auto:
     def budget(self, state: RefreshState) -> int:
         """Products that a further refresh may spend."""
         paid = self.overhead * state.later_steps / state.cost_ratio
-        return math.floor(paid * (1 + 1e-12)) - state.later_matvecs  # rounding never cuts what ``affordable`` granted
+        return math.floor(paid * (1 + 1e-13)) - state.later_matvecs  # rounding never cuts what ``affordable`` granted
 
     def decide(self, state: RefreshState) -> Decision:
         """Refine when the period is over and the budget allows it."""

@@ -346,7 +346,9 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
         return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), tol)
     reason = f"one block power step of {k + 1} products"
     if not (trusted or averaging):
-        reason += f", not near enough for good, and max_matvecs={plan.max_matvecs} leaves none for chains after it"
+        reason += (
+            f", not near enough for good, and of the {plan.max_matvecs} allowed too few are left for chains after it"
+        )
     return Solution(
         rows=image.rows[:k],
         values=values[:k],

@@ -189,7 +189,7 @@ def test_a_bound_is_told_in_gradients():
 
 
 @pytest.mark.filterwarnings("ignore::curvopt.CurvoptWarning")
-def test_the_rows_of_gpt2_run_at_a_small_shape_on_any_device(monkeypatch):
+def test_the_rows_of_gpt2_run_at_a_small_shape():
     def text():
         ids = torch.randint(13, (200 * 16 + 1,), generator=torch.Generator().manual_seed(0)).cumsum(0) % 13
         return ids[:-1].view(200, 16), ids[1:].view(200, 16)
@@ -197,10 +197,9 @@ def test_the_rows_of_gpt2_run_at_a_small_shape_on_any_device(monkeypatch):
     def net():
         return GPT(13, 16, 1, 2, 16, tied=True)
 
-    monkeypatch.setitem(PROBLEMS, "gpt2", Problem("gpt2", net, text, 0.1, 8, 32, {}))
-    cpu = torch.device("cpu")
-    assert [r.note for r in cuda.gpt2(Lab(cpu, 1, print))] == [cuda.NOT_RUN] * 4
-    cold, rough, warm, step = cuda.gpt2_rows(Lab(cpu, 1, print), windows=4)
+    lab = Lab(torch.device("cpu"), 1, print, {"gpt2": Problem("gpt2", net, text, 0.1, 8, 32, {})})
+    assert [r.note for r in cuda.gpt2(lab)] == [cuda.NOT_RUN] * 4
+    cold, rough, warm, step = cuda.gpt2_rows(lab, windows=4)
     # float32 products of a small net: the residual asked for is reached, and forward differences reach their .98
     assert cold.ours.right is True
     assert rough.ours.right is True

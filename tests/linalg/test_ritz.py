@@ -6,7 +6,13 @@ import torch
 from curvopt.curvature.dense import DenseOperator, DiagonalOperator, PlantedSpectrum
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg import power_image
-from curvopt.linalg.orthogonal import gram_matrices, orthonormalize_rows, random_orthogonal, remove_components
+from curvopt.linalg.orthogonal import (
+    cholesky_rows,
+    gram_matrices,
+    orthonormalize_rows,
+    random_orthogonal,
+    remove_components,
+)
 
 
 def start(size: int, tilt: float, k: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -120,6 +126,31 @@ def test_rank_deficient_images_are_filled_up() -> None:
     assert zero.rank == 0 and not zero.positive and zero.rows.shape == (3, 6)
     whole = power_image(DiagonalOperator(torch.arange(1.0, 4.0)), torch.eye(3))
     assert whole.rank == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_that_are_nearly_parallel_are_orthonormalised_with_care(dtype: torch.dtype) -> None:
+    # all images point along one direction outside the rows: residuals are large, and Cholesky refuses the images
+    size, k = 30, 3
+    matrix = torch.diag(torch.arange(size, 0, -1).to(dtype) / 10)
+    matrix[: k + 1, -1] = matrix[-1, : k + 1] = 100.0
+    rows = torch.eye(k + 1, size, dtype=dtype)
+    step = power_image(DenseOperator(matrix), rows)
+    wide = matrix.double()
+    values, turn = torch.linalg.eigh(rows.double() @ wide @ rows.double().T)
+    image = turn.flip(1).T @ rows.double() @ wide
+    scaled = image / image.norm(dim=1, keepdim=True)
+    assert cholesky_rows(image, gram=(image @ image.T).numpy()) is None
+    assert torch.linalg.eigvalsh(scaled @ scaled.T)[0] < 1e-3  # ... as was meant
+    eps = torch.finfo(dtype).eps
+    new = step.rows.double()
+    assert step.rank == k + 1
+    assert (new @ new.T - torch.eye(k + 1)).abs().max() <= 20 * eps
+    q = torch.linalg.qr(image.T).Q.T
+    for j in range(1, k + 2):  # nested, most wanted first; rounding grows by the images' condition, 1e3
+        assert (new[:j].T @ new[:j] - q[:j].T @ q[:j]).norm() <= 1e4 * eps
+    exact = (image - values.flip(0)[:, None] * (turn.flip(1).T @ rows.double())).norm(dim=1)
+    assert torch.allclose(step.residual_norms, exact, rtol=1e-3)
 
 
 def test_negative_and_non_finite_curvature_are_flagged() -> None:

@@ -151,7 +151,7 @@ def test_auto_refreshes_once_a_power_step_is_paid_for_and_never_overdraws():
             reasons.append(s.reason)
     assert when[:3] == [0, 40, 80]  # k + 1 = 4 products, a tenth of forty steps; their dearest way is 21
     assert "not near enough for good" in reasons[3]  # step 120, with 12 products in hand, 8 of them spent
-    assert "chain" not in reasons[4] and when[4] > 120 + 100  # then chains are waited for until they can be paid
+    assert "power step" not in reasons[4] and when[4] > 120 + 100  # then chains are waited for until they can be paid
     exact = torch.linalg.eigh(operator.matrix).eigenvectors[:, -3:]
     assert float((exact.T @ opt.subspace.basis).square().sum()) / 3 > 0.99
 

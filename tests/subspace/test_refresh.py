@@ -156,7 +156,9 @@ def test_image_that_is_not_enough_is_followed_by_lanczos_within_the_cap():
         assert report.kind == ("krylov" if cap == 40 else "image")
         if cap == 8:
             assert not report.converged
-            assert "not near enough for good, and max_matvecs=8 leaves none for chains after it" in report.reason
+            assert (
+                "not near enough for good, and of the 8 allowed too few are left for chains after it" in report.reason
+            )
             s.max_matvecs = 40  # once there are products to spend, the chains come
             report = s.refresh()
             assert report.kind == "krylov"
@@ -365,7 +367,7 @@ def test_auto_never_passes_its_budget(overhead, ratio, planned, data):
             state.refreshes += 1
             state.overlap = data.draw(st.floats(0, 1))
             rule.observe(state)
-            assert state.later_matvecs * ratio <= overhead * state.later_steps * (1 + 1e-9)
+            assert state.later_matvecs * ratio <= overhead * state.later_steps * (1 + 1e-12)
         state.age += 1
         state.later_steps += 1
 
