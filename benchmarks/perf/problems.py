@@ -127,6 +127,7 @@ class Problem:
         lr, batch: of plain SGD.
         curvature_rows: rows of the curvature batch, the first ones.
         published: {place: value} of leading Hessian values at step 200.
+        kinks: its units have some (ReLU, max-pooling).
     """
 
     name: str
@@ -136,13 +137,14 @@ class Problem:
     batch: int
     curvature_rows: int
     published: dict[int, float]
+    kinks: bool = False
 
 
 PROBLEMS = {
     p.name: p
     for p in (
         Problem("mlp", _mlp, _mnist, 0.05, 50, 1000, {0: 6.78, 1: 6.16, 2: 5.66, 8: 2.67, 9: 1.52, 10: 1.40}),
-        Problem("cnn", _cnn, _cifar, 0.05, 50, 500, {0: 118, 1: 87, 2: 51, 8: 18.4, 9: 15.8, 10: 14.2}),
+        Problem("cnn", _cnn, _cifar, 0.05, 50, 500, {0: 118, 1: 87, 2: 51, 8: 18.4, 9: 15.8, 10: 14.2}, True),
         Problem("gpt", lambda: GPT(65), _text, 0.1, 32, 32, {0: 19.7, 1: 14.3, 2: 10.3, 8: 3.7, 9: 3.6, 10: 3.3}),
         Problem("gpt2", _gpt2, lambda: _text(1000, 1024), 0.1, 8, 4, {}),
     )

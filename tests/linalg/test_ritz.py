@@ -134,7 +134,10 @@ def test_images_that_are_nearly_parallel_are_orthonormalised_with_care(dtype: to
     size, k = 30, 3
     matrix = torch.diag(torch.arange(size, 0, -1).to(dtype) / 10)
     matrix[: k + 1, -1] = matrix[-1, : k + 1] = 100.0
-    rows = torch.eye(k + 1, size, dtype=dtype)
+    turned = torch.linalg.qr(
+        torch.randn(k + 1, k + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )[0]
+    rows = (turned @ torch.eye(k + 1, size, dtype=torch.float64)).to(dtype)
     step = power_image(DenseOperator(matrix), rows)
     wide = matrix.double()
     values, turn = torch.linalg.eigh(rows.double() @ wide @ rows.double().T)

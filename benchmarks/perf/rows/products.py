@@ -52,7 +52,7 @@ def _measure(
     if forms:
         expected = rows[0].double() @ expected
     share = 1 if forms else COUNT
-    right = RIGHT_WITH_KINKS if name == "cnn" else RIGHT
+    right = RIGHT_WITH_KINKS if trained.problem.kinks else RIGHT
     for side, timing in timings.items():
         error = relative_error(answers[side][0], expected)
         flops = relative_flops(works[side], unit) if side in COUNTED else None
