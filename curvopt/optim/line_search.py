@@ -129,7 +129,10 @@ def _zoom(phi: Phi, start: Trial, low: Trial, high: Trial, spent: int, limit: in
     """Narrow a bracket: ``low`` has sufficient decrease (or is the start), its slope points to ``high``."""
     last = high
     while spent < limit:
-        trial = last = phi(_inside(low, high))
+        t = _inside(low, high)
+        if t in (low.t, high.t):  # no number lies between them
+            break
+        trial = last = phi(t)
         spent += 1
         if not sufficient(trial, start) or trial.value >= low.value:
             high = trial
@@ -141,7 +144,7 @@ def _zoom(phi: Phi, start: Trial, low: Trial, high: Trial, spent: int, limit: in
             low = trial
     if low is not start:
         return SearchResult(low, spent)
-    return SearchResult(None, spent, _words(last, start, limit))
+    return SearchResult(None, spent, _words(last, start, spent))
 
 
 def _inside(low: Trial, high: Trial) -> float:

@@ -91,3 +91,17 @@ def test_strong_wolfe_takes_the_best_point_when_evaluations_run_out():
     phi, start, _ = at("fractured")  # falls with slope -1 to the very edge: the second condition can't be met
     found = strong_wolfe(phi, start, 3.0, 12)
     assert found.evaluations == 12 and 0 < found.trial.t <= 1
+
+
+def test_strong_wolfe_ends_where_no_number_lies_within_the_bracket():
+    """A step in the loss at t = 1, as rounding makes one where nothing is left to gain."""
+    asked = []
+
+    def phi(t):
+        asked.append(t)
+        return Trial(t, -t if t <= 1 else 1.0, -1.0)
+
+    result = strong_wolfe(phi, Trial(0.0, 0.0, -1.0), 1.0, max_evaluations=100)
+    assert result.trial.t == 1.0
+    assert result.evaluations == len(asked) < 30
+    assert len(set(asked)) == len(asked)
