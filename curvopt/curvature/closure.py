@@ -118,7 +118,8 @@ class ClosureHessian(SymmetricOperator):
         """What ``products`` products take in calls of the closure, which are the gradients here.
 
         Nothing is timed, because every call of a closure is one that a user can count: ``.seconds`` is NaN. The first
-        product of a generation calls once more, to see that the closure repeats itself.
+        product of a generation calls once more, to see that the closure repeats itself. Of the bytes those of the vectors
+        are known, not what the closure takes.
 
         Args:
             products: how many.
@@ -126,7 +127,7 @@ class ClosureHessian(SymmetricOperator):
         """
         vector = self.shape[0] * self.dtype.itemsize
         setup, each = (2.0, 1.0) if self.scheme == "forward" else (1.0, 2.0)
-        return Cost(products, setup, each, math.nan, 0, vector, "counted")
+        return Cost(products, setup, each, math.nan, 0, 4 * vector, vector, "counted")
 
     # ---- calls
     def _call(self) -> tuple[float, Tensor]:

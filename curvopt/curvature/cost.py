@@ -1,9 +1,9 @@
 """What curvature will take: products in gradients, seconds and bytes, before any of it is spent.
 
 Two ways to the figures. A **dry run** sends the model's shapes through the same code on the meta device, where tensors
-have a shape and no memory: multiplications of a gradient and of a product are counted and the bytes of the kept graph
-summed, nothing is allocated and nothing computed. A **fit** times one gradient, the set-up and one product (ten
-gradients or so, once for each batch shape) and gives seconds as well.
+have a shape and no memory: multiplications of a gradient and of a product are counted, and so are the bytes of the kept
+graph and of all that lives beside it at the worst moment; nothing is allocated and nothing computed. A **fit** times one
+gradient, the set-up and one product (ten gradients or so, once for each batch shape) and gives seconds as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvopt.curvature.data import Batch, map_tensors, tensors_in
-from curvopt.curvature.graphs import measured_bytes, saved_bytes
+from curvopt.curvature.graphs import StorageRecorder, saved_bytes
 from curvopt.curvature.jacobian import Outputs
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import (
@@ -48,9 +48,12 @@ class Cost:
         seconds: NaN where nothing was timed.
         setup_seconds, product_seconds, gradient_seconds: likewise.
         graph_bytes: what stays allocated between the products.
-        peak_bytes: the largest extra allocation during them, estimated as twice the graph and four vectors.
+        working_bytes: the most that is allocated beside it, in the set-up or in a product one at a time (the result
+            included; a vectorised pass takes up to ``graph_budget`` more). What a kernel takes for itself is not seen.
+        vector_bytes: of one vector (P,).
+        peak_bytes: both together.
         source: "timed", "counted" (multiplications of a dry run) or "rule" (the net refused the dry run: 6 units a
-            product against 3 a gradient, no bytes).
+            product against 3 a gradient, and no bytes but those of four vectors).
     """
 
     products: int
@@ -58,6 +61,7 @@ class Cost:
     product_gradients: float
     gradient_seconds: float
     graph_bytes: int
+    working_bytes: int
     vector_bytes: int
     source: str
 
@@ -84,7 +88,7 @@ class Cost:
     @property
     def peak_bytes(self) -> int:
         """The largest extra allocation while products run."""
-        return 2 * self.graph_bytes + 4 * self.vector_bytes
+        return self.graph_bytes + self.working_bytes
 
     def of(self, products: int) -> Cost:
         """The same for another number of products."""
@@ -96,8 +100,7 @@ def fitted(
     product: Callable[[], Any],
     hold: Callable[[], AbstractContextManager[Any]],
     device: torch.device,
-    graph_bytes: int,
-    vector_bytes: int,
+    beforehand: Cost,
 ) -> Cost:
     """Cost of one product, from timing a gradient and two products.
 
@@ -106,8 +109,7 @@ def fitted(
         product: one product; its first call inside ``hold()`` does the set-up too.
         hold: the operator's.
         device: where they run.
-        graph_bytes: what stays allocated between the products.
-        vector_bytes: of one vector (P,).
+        beforehand: the same without times, for the bytes.
     """
     with hold():  # first calls of anything take longer
         gradient()
@@ -115,7 +117,10 @@ def fitted(
     unit = timed(gradient, device)
     with hold():
         first, second = timed(product, device), timed(product, device)
-    return Cost(1, max(first - second, 0.0) / unit, second / unit, unit, graph_bytes, vector_bytes, "timed")
+    setup, each = max(first - second, 0.0) / unit, second / unit
+    return replace(beforehand, setup_gradients=setup, product_gradients=each, gradient_seconds=unit, source="timed").of(
+        1
+    )
 
 
 class _OnMeta:
@@ -169,7 +174,18 @@ def _flops(work: Callable[[], Any]) -> tuple[Any, int]:
     return result, int(counter.get_total_flops())
 
 
-def counted(problem: Problem, gauss_newton: bool = False) -> Cost:
+@dataclass(frozen=True)
+class _Count:
+    """Figures of one batch: gradients and bytes, those of a plain gradient last."""
+
+    setup: float
+    product: float
+    graph: int
+    working: int
+    gradient: int
+
+
+def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = False) -> Cost:
     """Cost of a product by double backward from a dry run on the meta device; nothing is allocated.
 
     Multiplications are those of matrix products and convolutions; elementwise work, which can be a third of a small
@@ -177,24 +193,44 @@ def counted(problem: Problem, gauss_newton: bool = False) -> Cost:
 
     Args:
         problem: model, loss and data; only the first batch's shapes are looked at.
+        budget: bytes of graphs kept at a time; one is kept in any case. None: all of them.
         gauss_newton: of a Gauss-Newton product (J v by a reverse pass of a reverse pass, then J^T), not a Hessian's.
     """
     vector = problem.layout.total * problem.layout.dtype.itemsize
+    found = _dry_run(problem, gauss_newton)
+    if found is None:
+        return Cost(1, 1.0, _RULE, math.nan, 0, 4 * vector, vector, "rule")
+    kept = len(problem.batches)
+    if budget is not None:
+        kept = max(1, min(kept, budget // max(found.graph, 1)))
+    return Cost(1, found.setup, found.product, math.nan, kept * found.graph, found.working, vector, "counted")
+
+
+def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
+    """Cost of a product by differences of gradients, of which set-up and product take so many.
+
+    Beside what a gradient takes there are six vectors: weights, displacement, and the gradients that are subtracted.
+    """
+    vector = problem.layout.total * problem.layout.dtype.itemsize
+    found = _dry_run(problem, False)
+    working = (0 if found is None else found.gradient) + 6 * vector
+    return Cost(1, setup, product, math.nan, 0, working, vector, "counted")
+
+
+def _dry_run(problem: Problem, gauss_newton: bool) -> _Count | None:
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            found = _counted(_OnMeta(problem), gauss_newton)
+            return _counted(_OnMeta(problem), gauss_newton)
     except Exception:  # data-dependent shapes, host reads, kernels without a meta form: a net may refuse in any way
-        found = None
-    if found is None:
-        return Cost(1, 1.0, _RULE, math.nan, 0, vector, "rule")
-    setup, product, size = found
-    return Cost(1, setup, product, math.nan, size * len(problem.batches), vector, "counted")
+        return None
 
 
-def _counted(meta: _OnMeta, gauss_newton: bool) -> tuple[float, float, int] | None:
-    """(set-up, product) in gradients, and the graph's bytes; None for a net without matrix products."""
+def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count | None:
+    """None for a net without matrix products."""
     live = [leaf for leaf in meta.leaves if leaf.requires_grad]
-    _, plain = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
+    given = [*meta.leaves, *tensors_in(meta.batch.raw)]
+    with StorageRecorder(given, follow=True) as plainly:
+        _, plain = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
     if not plain:
         return None
     made: list[Any] = []
@@ -207,11 +243,13 @@ def _counted(meta: _OnMeta, gauss_newton: bool) -> tuple[float, float, int] | No
             return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
         return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
 
-    slopes, setup = _flops(record)
+    recorder = StorageRecorder(given, follow=True)
+    with recorder:
+        slopes, setup = _flops(record)
     used = [g for g in slopes if g is not None and g.requires_grad]
-    size = saved_bytes(used, [*meta.leaves, *tensors_in(meta.batch.raw)])
+    size = saved_bytes(used, given)
     if size is None:  # packed by hooks
-        size = measured_bytes(record, torch.device("cpu"))[1]
+        size = recorder.alive()
     if (
         gauss_newton and meta.problem.layout.device.type == "cpu"
     ):  # the pull is recorded at zero, and zeros are not multiplied
@@ -226,5 +264,9 @@ def _counted(meta: _OnMeta, gauss_newton: bool) -> tuple[float, float, int] | No
         else:
             torch.autograd.grad(used, live, rows, retain_graph=True, allow_unused=True)
 
-    _, again = _flops(product)
-    return setup / plain, again / plain, size
+    before, recorder.peak = recorder.peak, 0
+    with recorder:
+        _, again = _flops(product)
+    vector = sum(leaf.nbytes for leaf in meta.leaves)
+    working = max(before, recorder.peak + vector) - size  # the sum of the batches' products is one vector more
+    return _Count(setup / plain, again / plain, size, working, plainly.peak)

@@ -126,7 +126,7 @@ class JacobianOperator(ProblemOperator):
         }
 
     def _dry_cost(self) -> Cost:
-        return counted(self.problem, gauss_newton=True)
+        return counted(self.problem, self.graph_budget, gauss_newton=True)
 
     # ---- one batch
     def _probe(self) -> None:

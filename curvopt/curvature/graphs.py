@@ -19,12 +19,23 @@ from curvopt.curvature.quiet import Buffers, gradients
 Kept = TypeVar("Kept")
 
 
-class _StorageRecorder(TorchDispatchMode):
-    """Remembers, weakly, every storage that operations write, so that what stays alive can be summed."""
+class StorageRecorder(TorchDispatchMode):
+    """Remembers, weakly, every storage that operations write, so that what stays alive can be summed.
 
-    def __init__(self) -> None:
+    Args:
+        besides: tensors from before, whose storages are left out.
+        follow: keep ``peak`` up to date as well, at the price of a look at every living storage an operation.
+
+    Attributes:
+        peak: the most bytes alive after any operation.
+    """
+
+    def __init__(self, besides: Sequence[Tensor] = (), follow: bool = False) -> None:
         super().__init__()
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self._follow = follow
+        self._besides = {t.untyped_storage()._cdata for t in besides}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -32,9 +43,13 @@ class _StorageRecorder(TorchDispatchMode):
             if isinstance(t, Tensor):
                 try:
                     storage = t.untyped_storage()
-                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    if storage._cdata not in self._besides:
+                        self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 except (RuntimeError, NotImplementedError):  # wrapper subclasses hold no storage of their own
                     continue
+        if self._follow:
+            self.seen = {key: kept for key, kept in self.seen.items() if not kept[0].expired()}
+            self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
         return out
 
     def alive(self) -> int:
@@ -48,7 +63,7 @@ def measured_bytes(build: Callable[[], Any], device: torch.device) -> tuple[Any,
         before = torch.cuda.memory_allocated(device)
         result = build()
         return result, max(torch.cuda.memory_allocated(device) - before, 0)
-    with _StorageRecorder() as recorder:
+    with StorageRecorder() as recorder:
         result = build()
     return result, recorder.alive()
 

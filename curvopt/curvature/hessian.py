@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from curvopt._errors import CurvatureError, CurvatureModeWarning, DoubleBackwardError
 from curvopt._params import ParameterLayout
 from curvopt.curvature.check import Probe, probe_double_backward
-from curvopt.curvature.cost import Cost, counted, fitted
+from curvopt.curvature.cost import Cost, counted, counted_differences, fitted
 from curvopt.curvature.data import tensors_in
 from curvopt.curvature.differences import difference_product, scale_of, truncation_error
 from curvopt.curvature.graphs import GradientGraph, GraphCache
@@ -113,8 +112,7 @@ class ProblemOperator(SymmetricOperator):
                 lambda: self._multiply(row),
                 self.hold,
                 self.device,
-                beforehand.graph_bytes,
-                beforehand.vector_bytes,
+                beforehand,
             )
             self._fit = (form, found)
         return self._fit[1].of(products)
@@ -347,12 +345,10 @@ class Hessian(ProblemOperator):
             return truncation_error(lambda factor: self._difference(vector, factor), self.scheme)
 
     def _dry_cost(self) -> Cost:
-        found = counted(self.problem)
         if self.method == "double_backward":
-            return found
-        # gradients at displaced weights, at the weights themselves once for "forward"; a copy of the weights each
-        setup, each = (1.0, 1.0) if self.scheme == "forward" else (0.0, 2.0)
-        return replace(found, setup_gradients=setup, product_gradients=each, graph_bytes=0, source="counted")
+            return counted(self.problem, self.graph_budget)
+        # gradients at displaced weights, at the weights themselves once for "forward"
+        return counted_differences(self.problem, *((1.0, 1.0) if self.scheme == "forward" else (0.0, 2.0)))
 
     # ---- relatives
     def ggn(self) -> GGN:

@@ -117,17 +117,17 @@ class KrylovBasis:
         self.open.append(index)
         return index
 
-    def start_block(self, rows: Tensor) -> None:
-        """Orthonormal rows (m, P) as the first closed ones, by m products; the basis must be empty.
-
-        Their remainders stay open, one a row.
-        """
+    def place(self, rows: Tensor) -> None:
+        """Orthonormal rows (m, P) as the first ones, all open; the basis must be empty."""
         self.rows[: len(rows)] = rows
         self.n = len(rows)
         self.open = list(range(self.n))
+
+    def close_all(self) -> None:
+        """A product with each of the placed rows; their remainders stay open, one a row."""
         images = self.op.multiply_rows(self.rows[: self.n]).detach()
         self.matvecs += self.n
-        for index in range(len(rows)):
+        for index in range(self.n):
             self._close(index, images[index])
         self.flush()
 

@@ -191,10 +191,15 @@ def cholesky_rows(
     return out, second @ first
 
 
+def chunk_of(size: int) -> int:
+    """Columns to work on at a time, so that what a piece takes is small beside the rows."""
+    return min(_CHUNK, max(size // 8, 1024))
+
+
 def rotate_rows(rows: Tensor, matrix: Tensor) -> None:
     """``rows[:p] = matrix @ rows`` in place, matrix (p, n): chunked over P, so that no second basis is held."""
     p, size = matrix.shape[0], rows.shape[1]
-    chunk = min(_CHUNK, max(size // 8, 1024))
+    chunk = chunk_of(size)
     for start in range(0, size, chunk):
         piece = rows[:, start : start + chunk]
         piece[:p] = matrix @ piece

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg.orthogonal import (
     cholesky_rows,
+    chunk_of,
     exact_arithmetic,
     gram_matrices,
     orthonormalize_rows,
@@ -18,7 +19,6 @@ from curvopt.linalg.orthogonal import (
     seeded_generator,
 )
 
-_CHUNK = 1 << 16
 # Squares of residuals come from Gram matrices down to so many roundings of the largest entry: to a few per cent there.
 _CANCELLED = 200
 
@@ -174,9 +174,10 @@ def _residuals_by_gram(grams: np.ndarray, vectors: np.ndarray, values: np.ndarra
 def _residual_norms(rows: Tensor, image: Tensor, turn: Tensor, values: Tensor, gain: float) -> Tensor:
     """``||image_i - theta_i x_i||`` with ``x = turn @ rows``, chunked over P; damps all but the last by ``gain``."""
     square = torch.zeros_like(values)
-    for start in range(0, rows.shape[1], _CHUNK):
-        part = image[:, start : start + _CHUNK]
-        piece = torch.addcmul(part, values[:, None], turn @ rows[:, start : start + _CHUNK], value=-1)
+    chunk = chunk_of(rows.shape[1])
+    for start in range(0, rows.shape[1], chunk):
+        part = image[:, start : start + chunk]
+        piece = torch.addcmul(part, values[:, None], turn @ rows[:, start : start + chunk], value=-1)
         square += piece.square().sum(1)
         if gain != 1.0:
             part[:-1].sub_(piece[:-1], alpha=1 - gain)

@@ -11,11 +11,13 @@ import torch
 from curvopt.curvature.cost import Cost
 from curvopt.curvature.routes import timed
 from curvopt.linalg.eigsh import default_basis
+from curvopt.linalg.warm_start import count_chains
 from curvopt.optim import rules
 from curvopt.subspace.solve import Plan
 
 if TYPE_CHECKING:
     from curvopt.optim.engine import SubspaceEngine
+    from curvopt.subspace.dominant import DominantSubspace
 
 # Guess where an operator tells nothing of itself: see curvature.cost.
 _UNKNOWN = (1.0, 2.0)
@@ -31,7 +33,9 @@ class OptimizerCost:
         step_seconds: a plain step with its gradient, as measured over the first ten; NaN before.
         projection_seconds: of a step's projection onto the basis, timed; NaN in a dry run.
         basis_bytes: what is kept between the steps: k + 1 vectors in ``basis_dtype``.
-        work_bytes: the largest extra allocation during a refresh: the solver's vectors and the operator's graph.
+        first_work_bytes: the largest extra allocation during the first refresh: the solver's vectors, the operator's graph
+            and what a product takes beside it.
+        work_bytes: the same of a later one (the dearest way: warm chains; one power step takes 2 (k + 1) vectors).
         overhead: the share of the time that refreshes may take, None where the period is fixed.
     """
 
@@ -40,6 +44,7 @@ class OptimizerCost:
     step_seconds: float
     projection_seconds: float
     basis_bytes: int
+    first_work_bytes: int
     work_bytes: int
     overhead: float | None
 
@@ -72,6 +77,20 @@ def _projection_seconds(engine: SubspaceEngine) -> float:
         return timed(passes, s.parameters.device)
 
 
+def _work_bytes(s: DominantSubspace, base: Cost, cap: int, warm: bool) -> int:
+    """Of a refresh that spends ``cap`` products at most, the answer included."""
+    size = max(sum(s.parameters.sizes[i] for i in group) for group in s.groups)
+    vector = base.vector_bytes * size // s.parameters.total
+    extra = 1 if s.rank < size else 0
+    block = s.rank + extra
+    basis = min(default_basis(s.rank, extra, cap, block if warm else 0), size) + 1
+    held, images = (block, count_chains(block, s.rank, cap)) if warm else (0, 1)
+    growing = (held + basis + images - 1) * vector + base.peak_bytes
+    ending = (held + basis + block + 1) * vector + base.graph_bytes
+    others = base.vector_bytes - vector  # of the layers that are done, in the worst case all but the largest
+    return max(growing, ending) + s.rank * others
+
+
 def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
     """``opt.cost()``; see ``SubspaceOptimizer.cost``."""
     s = engine.subspace
@@ -80,20 +99,14 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
     operator = engine.source.operator
     vector = s.parameters.total * s.parameters.dtype.itemsize
     known = getattr(operator, "cost", None)
-    base = Cost(1, *_UNKNOWN, math.nan, 0, vector, "rule") if known is None else known(dry_run=dry_run)
+    base = Cost(1, *_UNKNOWN, math.nan, 0, 4 * vector, vector, "rule") if known is None else known(dry_run=dry_run)
     warm = Plan(s.rank, s.tol, s.max_matvecs, 0).warm_matvecs
     if engine.history is not None:
-        base, first, later = Cost(0, 0.0, 0.0, 0.0, 0, vector, "counted"), 0, 0
+        base, first, later = Cost(0, 0.0, 0.0, 0.0, 0, 0, vector, "counted"), 0, 0
     else:
         layers = len(s.groups)
         first = s.max_matvecs * layers
         later = s.planned_matvecs if s.ready else layers * min(s.max_matvecs, s.rank + 1 + warm)
-    size, extra = s.parameters.total, 1 if s.rank < s.parameters.total else 0
-    block = s.rank + extra
-    cold = min(default_basis(s.rank, extra, s.max_matvecs), size) + 1
-    later_basis = min(default_basis(s.rank, extra, warm, block), size) + 1
-    # Beside the basis the answer; and where it starts warm, the cached block, and what a power step before it left.
-    solver = max(cold + block, later_basis + 3 * block)
     overhead = engine.config.overhead if engine.config.refresh_every == "auto" else None
     return OptimizerCost(
         first=base.of(first),
@@ -101,6 +114,7 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
         step_seconds=engine.clock.plain_step,
         projection_seconds=math.nan if dry_run else _projection_seconds(engine),
         basis_bytes=sum(t.numel() * t.element_size() for t in (*s.blocks, *s.probes)),
-        work_bytes=solver * vector + base.peak_bytes,
+        first_work_bytes=_work_bytes(s, base, s.max_matvecs, warm=False),
+        work_bytes=_work_bytes(s, base, warm, warm=True),
         overhead=overhead,
     )

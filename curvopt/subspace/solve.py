@@ -135,23 +135,24 @@ class Spectrum:
         return min(plan.tol, max(_SHARPNESS * distance, _SHARPEST))
 
 
-@dataclass(frozen=True)
 class Cached:
-    """What the last refresh left.
+    """What the last refresh left, as a copy that the solver may use up.
 
-    Attributes:
+    Args:
         spectrum: its values.
         block: (live + 1, P), orthonormal up to the rounding of the cache's dtype; the probe comes last, zero where there
             is none.
     """
 
-    spectrum: Spectrum
-    block: Tensor
+    def __init__(self, spectrum: Spectrum, block: Tensor) -> None:
+        self.spectrum = spectrum
+        self._block: Tensor | None = block
 
-    @property
-    def rows(self) -> Tensor:
-        """(live, P), without the probe."""
-        return self.block[:-1]
+    def take(self) -> Tensor:
+        """The block, which is no longer held here: k + 1 vectors that a longer solution has better use for."""
+        assert self._block is not None
+        block, self._block = self._block, None
+        return block
 
 
 @dataclass
@@ -245,7 +246,8 @@ def solve(operator: SymmetricOperator, plan: Plan, cached: Cached) -> Solution:
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     if route == "image":
         return _image(operator, plan, cached)
-    rows = cached.block if cached.spectrum.has_probe else cached.rows
+    rows = cached.take()
+    rows = rows if cached.spectrum.has_probe else rows[:-1]
     return _lanczos(operator, plan, rows, plan.warm_matvecs, cached.spectrum.warm_tolerance(plan))
 
 
@@ -269,8 +271,8 @@ def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_ru
     The number asked for doubles while all of them are kept and ``max_matvecs`` allows another attempt.
     """
     began = operator.matvecs
-    rows = cached.rows if cached.rows.shape[0] else None
-    k = min(plan.k, max(4, 2 + cached.rows.shape[0]))
+    rows = cached.take()[:-1] if cached.spectrum.live else None
+    k = min(plan.k, max(4, 2 + cached.spectrum.live))
     while True:
         left = plan.max_matvecs - (operator.matvecs - began)
         attempt = Plan(k, plan.tol, left, plan.seed)
@@ -327,7 +329,7 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
 
 def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio: float = 0.0) -> Solution:
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
-    rows = cached.block
+    rows = cached.take()
     if not _orthonormal(rows):  # a cache in half precision is so to its own rounding only
         rows, _ = orthonormalize_rows(rows, generator=generator)
     image = power_image(operator, rows, gain=plan.gain, seed=plan.seed)
@@ -343,6 +345,7 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
     if not (trusted or averaging) and left >= min(plan.warm_matvecs, plan.enough_matvecs):
         start = image.rows if image.positive else rows
         tol = Spectrum(values[:k], float(values[k]), 0.0, True).warm_tolerance(plan)
+        del rows, image  # one block is enough to start from
         return _lanczos(operator, plan, start, min(left, plan.warm_matvecs), tol)
     reason = f"one block power step of {k + 1} products"
     if not (trusted or averaging):

@@ -223,7 +223,7 @@ def test_looking_at_the_host_less_often_changes_only_the_count(
     # as on an accelerator: columns stay on the device between looks, and a breakdown is noticed late
     spectrum = SPECTRA[name]
     often = eigsh(PlantedSpectrum(spectrum, seed=1), 7, guard="full", max_matvecs=600)
-    monkeypatch.setattr(sys.modules["curvopt.linalg.eigsh"], "_stride", lambda device, k: stride)
+    monkeypatch.setattr(sys.modules["curvopt.linalg.eigsh"], "_stride", lambda *_: stride)
     op = PlantedSpectrum(spectrum, seed=1)
     seldom = eigsh(op, 7, guard="full", max_matvecs=600)
     check(op, seldom, spectrum, "LA", 1e-3)
@@ -246,7 +246,7 @@ def drifting_block(spectrum: torch.Tensor, rows: int) -> tuple[PlantedSpectrum, 
 @pytest.mark.parametrize("stride", [1, 2, 5])
 @pytest.mark.parametrize("cap", [200, 11])
 def test_a_block_start_gives_true_residuals(stride: int, cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["curvopt.linalg.eigsh"], "_stride", lambda device, k: stride)
+    monkeypatch.setattr(sys.modules["curvopt.linalg.eigsh"], "_stride", lambda *_: stride)
     op, block = drifting_block(with_bulk([9.0, 8.5, 8.0, 7.5, 7.0, 6.8, 6.6, 6.4], 300), 8)
     result = eigsh(op, 8, v0=block, max_matvecs=cap)
     assert op.matvecs == result.matvecs <= cap

@@ -45,16 +45,16 @@ def test_a_dry_run_says_products_and_bytes_before_the_first_refresh():
 
 
 @pytest.mark.parametrize("rank", [4, 10, 40])
-def test_the_bytes_of_the_solver_bound_what_a_refresh_allocates(rank):
+def test_a_refresh_takes_the_stated_bytes(rank):
     torch.manual_seed(0)  # large enough that vectors outweigh the solver's small matrices
     model = nn.Sequential(nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 5))
     data = (torch.randn(20, 400), torch.randint(5, (20,)))
     curvature = curvopt.Hessian(model, nn.CrossEntropyLoss(), data, route="loop")
     opt = curvopt.BulkSGD(model.parameters(), lr=0.01, curvature=curvature, rank=rank, tol=1e-3)
     cost = opt.cost(dry_run=True)
-    for _ in range(2):  # cold, then warm, to the caps on products
+    for stated in (cost.first_work_bytes, cost.work_bytes):  # cold, then warm chains
         peak, left = peak_bytes(opt.refresh, torch.device("cpu"))
-        assert peak < cost.work_bytes
+        assert 0.9 * stated < peak < 1.02 * stated
         assert left < 0.1 * cost.basis_bytes  # nothing stays but the basis, which was there before
 
 
@@ -85,7 +85,7 @@ def test_a_power_step_with_chains_after_it_takes_the_stated_bytes(rank):
     before = op.matvecs
     peak, _ = peak_bytes(opt.refresh, torch.device("cpu"))
     assert op.matvecs - before > rank + 1  # the power step was not enough
-    assert 0.9 * cost.work_bytes < peak < cost.work_bytes
+    assert 0.9 * cost.work_bytes < peak < 1.02 * cost.work_bytes
 
 
 def test_seconds_come_from_timing_and_nothing_moves():
