@@ -273,6 +273,17 @@ def test_an_optimizer_that_cannot_run_is_a_row_with_its_reason(tmp_path):
     assert "Runs that did not end well" in (tmp_path / "report.md").read_text()
 
 
+def test_a_method_on_residuals_is_a_row_with_its_reason_where_a_task_has_none(tmp_path):
+    costs = PINNED.replace("product_cost=3.0,route=loop,", "")  # measured, a Jacobian as well where there is one
+    config, _ = _perform(tmp_path, "optimizers=[sgd_momentum,levenberg_marquardt]", "seeds=1", costs)
+    rows = {r.label: r for r in standings(config, tmp_path)}
+    assert rows["Levenberg-Marquardt"].lost == 1.0
+    assert "noisy_quadratic gives no residuals" in rows["Levenberg-Marquardt"].reasons[0]
+    assert rows["SGD with momentum"].lost == 0.0
+    measured = json.loads((tmp_path / "costs" / "noisy_quadratic.json").read_text())
+    assert measured["product_cost"] > 0 and "jacobian_cost" not in measured
+
+
 def test_an_unfinished_suite_is_no_report(tmp_path, unbroken):
     config = load_comparison("smoke", TINY)
     with pytest.raises(ConfigError, match="sgd_momentum is not tuned on noisy_quadratic yet: run the suite to its end"):
