@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvopt._errors import CurvatureError, NonFiniteError
 from curvopt.curvature.data import Batch, tensors_in
 from curvopt.curvature.problem import Problem
-from curvopt.curvature.quiet import Buffers, gradients
+from curvopt.curvature.quiet import Buffers, batched_gradients, gradients
 
 Kept = TypeVar("Kept")
 
@@ -160,13 +160,12 @@ class GradientGraph:
             return
         leaves = self.problem.leaves
         with self.problem.quiet_backward(self.buffers):
-            parts = gradients(
-                [part for _, part in self.kept],
-                leaves,
-                [vectors[i].to(part.dtype) for i, part in self.kept],
-                retain_graph=True,
-                is_grads_batched=batched,
-            )
+            kept = [part for _, part in self.kept]
+            rows = [vectors[i].to(part.dtype) for i, part in self.kept]
+            if batched:
+                parts = batched_gradients(kept, leaves, rows)
+            else:
+                parts = gradients(kept, leaves, rows, retain_graph=True)
         layout = self.problem.layout
         for start, size, part in zip(layout.offsets, layout.sizes, parts, strict=True):
             if part is None:

@@ -29,9 +29,9 @@ class Route:
     """The route of one operator's blocks.
 
     A vectorised pass through a kept graph is slower than a loop on most CPUs (it wins where kernel launches dominate,
-    on accelerators with small layers), takes five to six times the memory, and some operations refuse it (GroupNorm's
-    double backward). So the first block that is wide enough is computed partly by each, and the cheaper one is kept;
-    a CPU with a graph larger than its cache loops without a trial.
+    on accelerators with small layers), takes five to six times the memory, and some operations refuse it (a user's
+    function whose derivative reads a number). So the first block that is wide enough is computed partly by each, and the
+    cheaper one is kept; a CPU with a graph larger than its cache loops without a trial.
 
     Args:
         choice: "loop" or "batched" pins it; None measures.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, figure, gradient
@@ -22,19 +26,44 @@ NOT_RUN = "Not run: no CUDA device."
 def block(lab: Lab) -> list[Row]:
     """A block of products where launches dominate."""
     row = Row("block of 10 products, small net", "mlp, CUDA", "single products", 2.5)
-    if lab.device.type != "cuda":
-        row.note = NOT_RUN
-        return [row]
     lab.say("block of 10 products on CUDA")
     t = lab.trained("mlp")
     model = t.at(EXACT_STEP)
-    operator = curvopt.Hessian(model, t.loss_fn, t.rows(slice(50)), check=False)
+    there = lab.device.type == "cuda"
+    operator = curvopt.Hessian(model, t.loss_fn, t.rows(slice(50)), check=False, route=None if there else "batched")
     rows = lab.vectors(operator.shape[0], 10)
     with operator.hold():
+        operator.multiply_rows(rows[:1])
+        one, many = (_launches(partial(operator.multiply_rows, some)) for some in (rows[:1], rows))
+        words = (
+            f"{many} operations that write, {one} of one product: what it comes to where nothing but launches counts"
+        )
+        row.figures = [Figure("launches, counted", many / one, evidence=words, counts=False)]
+        if not there:
+            row.note = NOT_RUN
+            return [row]
         operator.multiply_rows(rows)
         timing = lab.times(lambda: operator.multiply_rows(rows[:1]), {OURS: lambda: operator.multiply_rows(rows)})
-    row.figures = [figure(OURS, timing[OURS], None, f"route {operator.route}")]
+    row.figures.insert(0, figure(OURS, timing[OURS], None, f"route {operator.route}"))
     return [row]
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that are no mere view: each launches one kernel at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
+        return func(*args, **(kwargs or {}))
+
+
+def _launches(work: Callable[[], object]) -> int:
+    with _Launches() as mode:
+        work()
+    return mode.count
 
 
 def gpt2(lab: Lab) -> list[Row]:
