@@ -117,9 +117,13 @@ def fitted(
     unit = timed(gradient, device)
     with hold():
         first, second = timed(product, device), timed(product, device)
-    setup, each = max(first - second, 0.0) / unit, second / unit
-    return replace(beforehand, setup_gradients=setup, product_gradients=each, gradient_seconds=unit, source="timed").of(
-        1
+    return replace(
+        beforehand,
+        products=1,
+        setup_gradients=max(first - second, 0.0) / unit,
+        product_gradients=second / unit,
+        gradient_seconds=unit,
+        source="timed",
     )
 
 
