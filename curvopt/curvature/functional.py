@@ -161,11 +161,11 @@ class FunctionalHessian(ProblemOperator):
         out = torch.zeros_like(rows)
         with self.hold():
             for graph in self._cache.each():
+                if self.method == "double_backward":
+                    graph.multiply(out, rows)
+                    continue
                 for row, target in zip(rows, out, strict=True):
-                    if self.method == "finite_difference":
-                        target += self._difference(graph, row)
-                    else:
-                        graph.multiply(target, self.layout.views(row), batched=False)
+                    target += self._difference(graph, row)
         return out
 
     def _difference(self, graph: FunctionalGraph, row: Tensor) -> Tensor:

@@ -148,32 +148,27 @@ class GradientGraph:
         parts = [part for _, part in self.kept]
         return saved_bytes(parts, [*self.problem.leaves, *self.data])
 
-    def multiply(self, out: Tensor, vectors: Sequence[Tensor], batched: bool) -> None:
-        """Add H v to ``out``.
-
-        Args:
-            out: (P,), or (m, P) with ``batched``.
-            vectors: v shaped like the parameters, with a leading m if ``batched``.
-            batched: several vectors in one vectorised pass.
-        """
+    def multiply(self, out: Tensor, rows: Tensor, batched: bool = False) -> None:
+        """Add the products with rows (m, P) to ``out`` (m, P), one after the other or in one vectorised pass."""
         if not self.kept:
             return
-        leaves = self.problem.leaves
+        layout, leaves = self.problem.layout, self.problem.leaves
+        kept = [part for _, part in self.kept]
         with self.problem.quiet_backward(self.buffers):
-            kept = [part for _, part in self.kept]
-            rows = [vectors[i].to(part.dtype) for i, part in self.kept]
             if batched:
-                parts = batched_gradients(kept, leaves, rows)
-            else:
-                parts = gradients(kept, leaves, rows, retain_graph=True)
-        layout = self.problem.layout
-        for start, size, part in zip(layout.offsets, layout.sizes, parts, strict=True):
-            if part is None:
-                continue
-            if batched:
-                out[:, start : start + size].add_(part.detach().reshape(-1, size))
-            else:
-                out[start : start + size].add_(part.detach().reshape(-1))
+                blocks = layout.blocks(rows)
+                given = [blocks[i].reshape(-1, *layout.shapes[i]).to(part.dtype) for i, part in self.kept]
+                for target, part in zip(layout.blocks(out), batched_gradients(kept, leaves, given), strict=True):
+                    if part is not None:
+                        target.add_(part.detach().reshape(target.shape))
+                return
+            for row, product in zip(rows, out, strict=True):
+                vectors = layout.views(row)
+                given = [vectors[i].to(part.dtype) for i, part in self.kept]
+                parts = gradients(kept, leaves, given, retain_graph=True)
+                for target, part in zip(layout.views(product), parts, strict=True):
+                    if part is not None:
+                        target.add_(part.detach())
 
 
 class GraphCache(Generic[Kept]):

@@ -293,19 +293,11 @@ class Hessian(ProblemOperator):
                 for row, product in zip(rows, out, strict=True):
                     product.copy_(self._difference(row))
                 return out
-            return self._route.run(rows, self._one, self._many, self._width, lambda: self.graph_bytes)
+            return self._route.run(rows, self._through_graphs, self._width, lambda: self.graph_bytes)
 
-    def _one(self, row: Tensor, out: Tensor) -> None:
-        vectors = self.layout.views(row)
+    def _through_graphs(self, rows: Tensor, out: Tensor, batched: bool) -> None:
         for graph in self._graphs.each():
-            graph.multiply(out, vectors, batched=False)
-
-    def _many(self, rows: Tensor, out: Tensor) -> None:
-        vectors = [
-            block.reshape(-1, *shape) for block, shape in zip(self.layout.blocks(rows), self.layout.shapes, strict=True)
-        ]
-        for graph in self._graphs.each():
-            graph.multiply(out, vectors, batched=True)
+            graph.multiply(out, rows, batched)
 
     def _width(self) -> int:
         """Columns of a batched pass: five columns' work space is taken for ten graphs' bytes, and must fit."""

@@ -51,8 +51,7 @@ class Route:
     def run(
         self,
         rows: Tensor,
-        one: Callable[[Tensor, Tensor], None],
-        many: Callable[[Tensor, Tensor], None],
+        multiply: Callable[[Tensor, Tensor, bool], None],
         width: Callable[[], int],
         graph_bytes: Callable[[], int],
     ) -> Tensor:
@@ -60,55 +59,46 @@ class Route:
 
         Args:
             rows: the vectors.
-            one: adds the product with a vector (P,), the first argument, to the second.
-            many: the same with (w, P) rows, in one pass.
-            width: largest w that memory allows.
-            graph_bytes: of the graph that they go through, known once ``one`` has run.
+            multiply: adds the products with (w, P) rows, the first argument, to the second: one after the other, or in
+                one pass where the third is true.
+            width: largest w of one pass that memory allows.
+            graph_bytes: of the graph that they go through, known after the first product.
         """
         out = torch.zeros_like(rows)
         done = 0
         if self.choice is None and rows.shape[0] >= self.MINIMUM:
-            done = self._measure(rows, out, one, many, width, graph_bytes)
+            done = self._measure(rows, out, multiply, width, graph_bytes)
         chunk = width() if self.choice == BATCHED else 1
+        if chunk == 1 and done < rows.shape[0]:
+            multiply(rows[done:], out[done:], False)
+            return out
         for start in range(done, rows.shape[0], chunk):
             piece = rows[start : start + chunk]
-            if piece.shape[0] == 1:
-                one(piece[0], out[start])
-            else:
-                many(piece, out[start : start + chunk])
+            multiply(piece, out[start : start + chunk], len(piece) > 1)
         return out
 
     def _measure(
         self,
         rows: Tensor,
         out: Tensor,
-        one: Callable[[Tensor, Tensor], None],
-        many: Callable[[Tensor, Tensor], None],
+        multiply: Callable[[Tensor, Tensor, bool], None],
         width: Callable[[], int],
         graph_bytes: Callable[[], int],
     ) -> int:
-        one(rows[0], out[0])  # builds the graph
+        multiply(rows[:1], out[:1], False)  # builds the graph
         if rows.device.type == "cpu" and graph_bytes() > _CACHE:
             self.choice = LOOP
             return 1
-
-        def looped() -> None:
-            for i in (1, 2):
-                one(rows[i], out[i])
-
-        self.costs[LOOP] = timed(looped, rows.device) / 2
+        self.costs[LOOP] = timed(lambda: multiply(rows[1:3], out[1:3], False), rows.device) / 2
         wide = min(width(), rows.shape[0] - 3)
         if wide < 2:
             self.choice = LOOP
             return 3
-
-        def batched() -> None:
-            many(rows[3 : 3 + wide], out[3 : 3 + wide])
-
+        tried = slice(3, 3 + wide)
         try:
-            self.costs[BATCHED] = timed(batched, rows.device) / wide
+            self.costs[BATCHED] = timed(lambda: multiply(rows[tried], out[tried], True), rows.device) / wide
         except (RuntimeError, NotImplementedError):  # out of memory, or an operation that can't be vectorised
-            out[3 : 3 + wide] = 0.0  # several batches: some may have been added
+            out[tried] = 0.0  # several batches: some may have been added
             self.choice = LOOP
             return 3
         self.choice = BATCHED if self.costs[BATCHED] < 0.9 * self.costs[LOOP] else LOOP

@@ -129,6 +129,17 @@ def test_no_batched_pass_beyond_the_memory_budget():
     assert relative(op.to_dense(), explicit("mlp")) < FLOAT64  # one column at a time
 
 
+def test_graphs_beyond_the_budget_are_built_once_a_block():
+    model, loss_fn, (x, y), _ = BY_NAME["mlp"].make(torch.float64)
+    pieces = list(zip(x.split(4), y.split(4), strict=True))
+    assert len(pieces) > 1
+    op = Hessian(model, loss_fn, pieces, graph_budget=1, route="loop", check=False)
+    with op.hold():
+        op.multiply_rows(torch.ones(5, op.shape[0], dtype=torch.float64))
+        assert op._graphs.built == len(pieces)
+    assert relative(op.to_dense(), explicit("mlp")) < FLOAT64
+
+
 LOSSES = {
     "mean": nn.CrossEntropyLoss(),
     "sum": nn.CrossEntropyLoss(reduction="sum"),
