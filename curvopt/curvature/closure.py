@@ -127,7 +127,7 @@ class ClosureHessian(SymmetricOperator):
         """
         vector = self.shape[0] * self.dtype.itemsize
         setup, each = (2.0, 1.0) if self.scheme == "forward" else (1.0, 2.0)
-        return Cost(products, setup, each, math.nan, 0, 4 * vector, vector, "counted")
+        return Cost(products, setup, each, math.nan, 0, 6 * vector, vector, "counted")
 
     # ---- calls
     def _call(self) -> tuple[float, Tensor]:

@@ -52,8 +52,8 @@ class Cost:
             included; a vectorised pass takes up to ``graph_budget`` more). What a kernel takes for itself is not seen.
         vector_bytes: of one vector (P,).
         peak_bytes: both together.
-        source: "timed", "counted" (multiplications of a dry run) or "rule" (the net refused the dry run: 6 units a
-            product against 3 a gradient, and no bytes but those of four vectors).
+        source: "timed", "counted" (multiplications of a dry run) or "rule" (6 units a product against 3 a gradient: the
+            net has no matrix products to count, or refused the dry run, and then the bytes are those of vectors alone).
     """
 
     products: int
@@ -135,8 +135,16 @@ class _OnMeta:
         self.leaves = [
             torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for p in problem.layout.params
         ]
+        mine = set(map(id, problem.layout.params))
+        self._others = [p for p in problem.model.parameters() if id(p) not in mine]
+        self._twins = [torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for p in self._others]
         batch = problem.batches[0]
         self.batch = Batch(map_tensors(batch.raw, lambda t: t.to("meta")), batch.number, batch.weight, batch.share)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What is there before anything is computed."""
+        return [*self.leaves, *self._twins, *tensors_in(self.batch.raw)]
 
     def loss(self) -> Tensor:
         """The loss, a meta tensor with a graph."""
@@ -152,10 +160,8 @@ class _OnMeta:
     def _in_place(self) -> Iterator[None]:
         """Let the model see meta tensors for the block, whatever it assigns, and nothing of this world."""
         problem = self.problem
-        mine = {id(p): leaf for p, leaf in zip(problem.layout.params, self.leaves, strict=True)}
-        others = [p for p in problem.model.parameters() if id(p) not in mine]
-        old = [*problem.layout.params, *others]
-        new = [*self.leaves, *(torch.empty_like(p, device="meta") for p in others)]
+        old = [*problem.layout.params, *self._others]
+        new = [*self.leaves, *self._twins]
         modules = all_modules((problem.model, problem.loss_fn))
         buffers: Buffers = [
             (m, {n: None if b is None else torch.empty_like(b, device="meta") for n, b in m._buffers.items()})
@@ -180,10 +186,9 @@ def _flops(work: Callable[[], Any]) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class _Count:
-    """Figures of one batch: gradients and bytes, those of a plain gradient last."""
+    """Figures of one batch: set-up and product in gradients (None without matrix products), and bytes."""
 
-    setup: float
-    product: float
+    gradients: tuple[float, float] | None
     graph: int
     working: int
     gradient: int
@@ -204,10 +209,12 @@ def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = Fa
     found = _dry_run(problem, gauss_newton)
     if found is None:
         return Cost(1, 1.0, _RULE, math.nan, 0, 4 * vector, vector, "rule")
-    kept = len(problem.batches)
-    if budget is not None:
-        kept = max(1, min(kept, budget // max(found.graph, 1)))
-    return Cost(1, found.setup, found.product, math.nan, kept * found.graph, found.working, vector, "counted")
+    kept, working = len(problem.batches), found.working
+    if budget is not None and (room := max(1, budget // max(found.graph, 1))) < kept:
+        kept, working = room, working + found.graph  # those beyond the budget come and go, one at a time
+    setup, product = found.gradients or (1.0, _RULE)
+    source = "rule" if found.gradients is None else "counted"
+    return Cost(1, setup, product, math.nan, kept * found.graph, working, vector, source)
 
 
 def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
@@ -217,8 +224,8 @@ def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
     """
     vector = problem.layout.total * problem.layout.dtype.itemsize
     found = _dry_run(problem, False)
-    working = (0 if found is None else found.gradient) + 6 * vector
-    return Cost(1, setup, product, math.nan, 0, working, vector, "counted")
+    working = 6 * vector + (0 if found is None else found.gradient)
+    return Cost(1, setup, product, math.nan, 0, working, vector, "rule" if found is None else "counted")
 
 
 def _dry_run(problem: Problem, gauss_newton: bool) -> _Count | None:
@@ -229,14 +236,11 @@ def _dry_run(problem: Problem, gauss_newton: bool) -> _Count | None:
         return None
 
 
-def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count | None:
-    """None for a net without matrix products."""
+def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count:
     live = [leaf for leaf in meta.leaves if leaf.requires_grad]
-    given = [*meta.leaves, *tensors_in(meta.batch.raw)]
+    given = meta.given
     with StorageRecorder(given, follow=True) as plainly:
         _, plain = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
-    if not plain:
-        return None
     made: list[Any] = []
 
     def record() -> Any:
@@ -271,6 +275,9 @@ def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count | None:
     before, recorder.peak = recorder.peak, 0
     with recorder:
         _, again = _flops(product)
-    vector = sum(leaf.nbytes for leaf in meta.leaves)
-    working = max(before, recorder.peak + vector) - size  # the sum of the batches' products is one vector more
-    return _Count(setup / plain, again / plain, size, working, plainly.peak)
+    layout = meta.problem.layout
+    more = layout.total * layout.dtype.itemsize  # the sum over the batches
+    if any(leaf.dtype != layout.dtype for leaf in meta.leaves):
+        more += sum(row.nbytes for row in rows)  # the operand in the parameters' dtype
+    working = max(before, recorder.peak + more) - size
+    return _Count((setup / plain, again / plain) if plain else None, size, working, plainly.peak)

@@ -163,9 +163,10 @@ class FunctionalHessian(ProblemOperator):
             for graph in self._cache.each():
                 if self.method == "double_backward":
                     graph.multiply(out, rows)
-                    continue
-                for row, target in zip(rows, out, strict=True):
-                    target += self._difference(graph, row)
+                else:
+                    for row, target in zip(rows, out, strict=True):
+                        target += self._difference(graph, row)
+                del graph  # one that is not kept goes before the next is built
         return out
 
     def _difference(self, graph: FunctionalGraph, row: Tensor) -> Tensor:

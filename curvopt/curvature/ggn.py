@@ -169,8 +169,10 @@ class JacobianOperator(ProblemOperator):
                     for piece, part in zip(self.layout.views(target), parts, strict=True):
                         if part is not None:
                             piece.add_(part)
+                    del tangent, parts, part
                 if factor.offset is not None:
                     centre = factor.offset.clone() if centre is None else centre.add_(factor.offset)
+                del factor  # one that is not kept goes before the next is built
         return out if centre is None else out - torch.outer(rows @ centre, centre)
 
     def _columns(self, vectors: Tensor) -> Tensor:
@@ -196,6 +198,7 @@ class JacobianOperator(ProblemOperator):
                     out[i] += _dot(tangent, factor.middle(tangent))
                 if factor.offset is not None:
                     centre = factor.offset.clone() if centre is None else centre.add_(factor.offset)
+                del factor
         return out if centre is None else out - (rows @ centre).square()
 
     def gram(self, vectors: Tensor) -> Tensor:
@@ -212,6 +215,7 @@ class JacobianOperator(ProblemOperator):
                     out += (left @ right.T).to(out)
                 if factor.offset is not None:
                     centre += factor.offset
+                del factor
         shift = rows @ centre
         return (out + out.T) / 2 - torch.outer(shift, shift)
 

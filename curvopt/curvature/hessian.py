@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -115,7 +116,13 @@ class ProblemOperator(SymmetricOperator):
                 beforehand,
             )
             self._fit = (form, found)
-        return self._fit[1].of(products)
+        timed = self._fit[1]  # its times hold for these shapes; the bytes follow ``graph_budget``
+        return replace(
+            timed,
+            products=int(products),
+            graph_bytes=beforehand.graph_bytes,
+            working_bytes=beforehand.working_bytes,
+        )
 
     def _dry_cost(self) -> Cost:
         """One product's cost without computing anything."""
@@ -298,6 +305,7 @@ class Hessian(ProblemOperator):
     def _through_graphs(self, rows: Tensor, out: Tensor, batched: bool) -> None:
         for graph in self._graphs.each():
             graph.multiply(out, rows, batched)
+            del graph  # one that is not kept goes before the next is built
 
     def _width(self) -> int:
         """Columns of a batched pass: five columns' work space is taken for ten graphs' bytes, and must fit."""

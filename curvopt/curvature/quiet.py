@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -115,9 +114,7 @@ def batched_gradients(
         taking_part[:] = [part is not None for part in parts]
         return tuple(part for part in parts if part is not None)
 
-    with warnings.catch_warnings():  # where a rule is missing the trial of routes shows what that costs
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        found = iter(torch.func.vmap(one)(list(grad_outputs)))
+    found = iter(torch.func.vmap(one)(list(grad_outputs)))
     return tuple(next(found) if takes_part else None for takes_part in taking_part)
 
 

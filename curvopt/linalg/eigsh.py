@@ -42,7 +42,7 @@ def eigsh(
     One product at a time: from a random start that is the cheapest way to a given residual, two to three products a
     pair on the Hessians of networks. A test of the wanted pairs is the one moment at which the host waits: after every
     product on the CPU and in chains from ``v0``, where it chooses the direction, and after every ``max(2, k // 4)`` from a
-    random start elsewhere. (Chains with so few looks took 1.3 times the products for k = 4, 10 and 20 together.)
+    random start elsewhere. (Chains with so few looks took 1.4 times the products for k = 4, 10 and 20 together.)
 
     **The guard.** A small residual proves that a pair is an eigenpair, never that none was skipped: a chain sees a
     repeated eigenvalue once, and a start inside an invariant subspace never leaves it. So, once the pairs have
@@ -213,7 +213,7 @@ class _Solver:
             if ritz is not None and not self._unconverged(ritz, self.goal).any():
                 return ritz, None
             left = plan.max_matvecs - basis.matvecs
-            if ritz is None and self.stride == 1 and len(basis.open) > 1:
+            if ritz is None and len(basis.open) > 1:
                 ritz = self._ritz()
             if ritz is not None and self._near_enough(ritz, left):
                 return ritz, self._complaint(ritz, left)
@@ -224,10 +224,7 @@ class _Solver:
             count, short = self.stride, self.goal - len(basis.closed)
             if self.stride > 1 and short > 0:  # no test before k rows; a broken chain may waste all products but one
                 count = max(1, min(short, left - plan.k + len(basis.closed) + 1))
-            if ritz is None and len(basis.open) > 1:
-                self._sweep(min(count, left))
-            else:
-                self._chain(index, min(count, left))
+            self._chain(index, min(count, left))
 
     def _choose(self, ritz: Ritz | None) -> int | None:
         """The open direction that turns the unconverged wanted pairs most; a random one where a chain has ended."""
@@ -265,12 +262,6 @@ class _Solver:
                     return None
         basis.flush()
         return index if index in basis.open else None
-
-    def _sweep(self, count: int) -> None:
-        """A product with each of ``count`` open rows, without a look at the host."""
-        for row in self.basis.open[:count]:
-            self.basis.expand(row)
-        self.basis.flush()
 
     def _restart(self, ritz: Ritz) -> Ritz:
         """Thick restart that keeps half of the room beyond the wanted pairs."""

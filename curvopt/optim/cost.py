@@ -85,6 +85,8 @@ def _work_bytes(s: DominantSubspace, base: Cost, cap: int, warm: bool) -> int:
     block = s.rank + extra
     basis = min(default_basis(s.rank, extra, cap, block if warm else 0), size) + 1
     held, images = (block, count_chains(block, s.rank, cap)) if warm else (0, 1)
+    if warm and s.adaptive:
+        held += block  # what the attempt before found
     growing = (held + basis + images - 1) * vector + base.peak_bytes
     ending = (held + basis + block + 1) * vector + base.graph_bytes
     others = base.vector_bytes - vector  # of the layers that are done, in the worst case all but the largest
@@ -115,6 +117,6 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
         projection_seconds=math.nan if dry_run else _projection_seconds(engine),
         basis_bytes=sum(t.numel() * t.element_size() for t in (*s.blocks, *s.probes)),
         first_work_bytes=_work_bytes(s, base, s.max_matvecs, warm=False),
-        work_bytes=_work_bytes(s, base, warm, warm=True),
+        work_bytes=_work_bytes(s, base, s.max_matvecs if s.adaptive else warm, warm=True),
         overhead=overhead,
     )

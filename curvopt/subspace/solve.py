@@ -149,7 +149,7 @@ class Cached:
         self._block: Tensor | None = block
 
     def take(self) -> Tensor:
-        """The block, which is no longer held here: k + 1 vectors that a longer solution has better use for."""
+        """The block, no longer held here: a power step leaves another, and two need not live beside chains."""
         assert self._block is not None
         block, self._block = self._block, None
         return block
@@ -262,7 +262,9 @@ def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Soluti
     rows = torch.cat([rows, probe[None]])
     unknown = Spectrum(torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0, 0.0, False)
     # the probe is random and knows nothing of the next value yet: as if the gap were just wide enough
-    return _image(operator, replace(plan, gain=1.0), Cached(unknown, rows), 0.999 / plan.image_gap)
+    cached = Cached(unknown, rows)
+    del rows, probe
+    return _image(operator, replace(plan, gain=1.0), cached, 0.999 / plan.image_gap)
 
 
 def solve_above(operator: SymmetricOperator, plan: Plan, cached: Cached, keep_rule: KeepRule) -> Solution:

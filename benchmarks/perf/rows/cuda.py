@@ -33,7 +33,7 @@ def block(lab: Lab) -> list[Row]:
     operator = curvopt.Hessian(model, t.loss_fn, t.rows(slice(50)), check=False, route=None if there else "batched")
     rows = lab.vectors(operator.shape[0], 10)
     with operator.hold():
-        operator.multiply_rows(rows[:1])
+        operator.multiply_rows(rows)  # the graph, and the trial of routes on a device
         one, many = (_launches(partial(operator.multiply_rows, some)) for some in (rows[:1], rows))
         words = (
             f"{many} operations that write, {one} of one product: what it comes to where nothing but launches counts"
