@@ -61,7 +61,9 @@ class PowerImage:
         return self.rows[-1]
 
 
-def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed: int = 0) -> PowerImage:
+def power_image(
+    op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed: int = 0, gram: np.ndarray | None = None
+) -> PowerImage:
     """Replace a basis by its image: k + 1 products, Rayleigh-Ritz in the old space for nothing more.
 
     Rayleigh-Ritz alone cannot leave the old space. The images that it has paid for can: the error in a direction that
@@ -79,6 +81,7 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
             x_i)``. Below 1 it averages over calls, which pays where A is another sample each time: a mini-batch's
             eigenvectors differ from all data's by more than a basis ages. The probe always takes everything.
         seed: of the random directions that replace dependent images.
+        gram: ``rows @ rows.T`` (k + 1, k + 1) in float64, where the caller has it.
 
     Raises:
         ValueError: fewer than two rows, a wrong shape, rows that are not orthonormal to 1e-3, or a gain outside (0, 1].
@@ -95,7 +98,11 @@ def power_image(op: SymmetricOperator, rows: Tensor, *, gain: float = 1.0, seed:
     with op.hold():
         image = op.multiply_rows(rows).detach()
     with exact_arithmetic(device):
-        grams = gram_matrices((image, rows), (rows, rows), (image, image))
+        if gram is None:
+            grams = gram_matrices((image, rows), (rows, rows), (image, image))
+        else:
+            cross, square = gram_matrices((image, rows), (image, image))
+            grams = np.stack([cross, gram, square])
         if np.abs(grams[1] - np.eye(k + 1)).max() > 1e-3:
             raise ValueError("rows must be orthonormal to 1e-3")
         if not np.isfinite(grams[0]).all():

@@ -14,7 +14,7 @@ from torch import Tensor
 from curvopt._errors import NonFiniteError
 from curvopt.curvature.operator import SymmetricOperator
 from curvopt.linalg import eigsh, power_image
-from curvopt.linalg.orthogonal import gram_matrices, orthonormalize_rows, random_orthogonal
+from curvopt.linalg.orthogonal import exact_arithmetic, gram_matrices, orthonormalize_rows, random_orthogonal
 
 # A block power step shrinks the error along v_{k+1} by lambda_{k+1}/lambda_k; below this gap Krylov is cheaper. An image
 # is not tested against tol: whoever asks for a tight one gets it only where the gap is wide.
@@ -332,9 +332,14 @@ def _lanczos(operator: SymmetricOperator, plan: Plan, start: Tensor | None, cap:
 def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio: float = 0.0) -> Solution:
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
     rows = cached.take()
-    if not _orthonormal(rows):  # a cache in half precision is so to its own rounding only
+    with exact_arithmetic(rows.device):
+        inner = gram_matrices((rows, rows))[0]
+    gram: np.ndarray | None = inner
+    # to ten times what sums of P products leave; a cache in half precision is orthonormal to its own rounding only
+    if not np.abs(inner - np.eye(len(rows))).max() <= 100 * torch.finfo(rows.dtype).eps:
         rows, _ = orthonormalize_rows(rows, generator=generator)
-    image = power_image(operator, rows, gain=plan.gain, seed=plan.seed)
+        gram = None
+    image = power_image(operator, rows, gain=plan.gain, seed=plan.seed, gram=gram)
     if not image.finite:
         raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")
     k = plan.k
@@ -366,9 +371,3 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
         reason=reason,
         overlap=image.overlap if cached.spectrum.live == k else None,
     )
-
-
-def _orthonormal(rows: Tensor) -> bool:
-    """To ten times what sums of P products of the rows' dtype leave."""
-    error = np.abs(gram_matrices((rows, rows))[0] - np.eye(len(rows))).max()
-    return bool(error <= 100 * torch.finfo(rows.dtype).eps)

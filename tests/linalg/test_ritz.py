@@ -192,6 +192,15 @@ def test_bad_rows(rows: torch.Tensor, text: str) -> None:
 
 
 # ---- the arithmetic beneath
+def test_a_known_gram_matrix_changes_nothing() -> None:
+    raw = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    op, rows = DenseOperator(raw @ raw.T), start(30, 0.5, 4)
+    plain = power_image(op, rows)
+    given = power_image(op, rows, gram=gram_matrices((rows, rows))[0])
+    assert torch.equal(plain.rows, given.rows)
+    assert torch.equal(plain.residual_norms, given.residual_norms)
+
+
 def test_gram_matrices_are_right_however_long_the_rows() -> None:
     for size in (1, 300, 1 << 14, 200_001):
         a, b = torch.randn(3, size), torch.randn(4, size)
