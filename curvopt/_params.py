@@ -65,6 +65,11 @@ class ParameterLayout:
         """Dtype of vectors over these parameters: theirs, float32 for half-precision ones."""
         return torch.float32 if self.params[0].dtype in _HALF else self.params[0].dtype
 
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector over these parameters."""
+        return self.total * self.dtype.itemsize
+
     def __len__(self) -> int:
         return len(self.params)
 

@@ -128,7 +128,7 @@ def ggn_factor_bytes(problem: Problem) -> int:
     for batch in problem.batches:
         outputs, _ = problem.evaluate(batch, grad=False)
         rows += outputs.numel()
-    return int(rows * problem.layout.total * problem.layout.dtype.itemsize)
+    return int(rows * problem.layout.vector_bytes)
 
 
 def ggn_factor(problem: Problem) -> Tensor:

@@ -205,7 +205,7 @@ def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = Fa
         budget: bytes of graphs kept at a time; one is kept in any case. None: all of them.
         gauss_newton: of a Gauss-Newton product (J v by a reverse pass of a reverse pass, then J^T), not a Hessian's.
     """
-    vector = problem.layout.total * problem.layout.dtype.itemsize
+    vector = problem.layout.vector_bytes
     found = _dry_run(problem, gauss_newton)
     if found is None:
         return Cost(1, 1.0, _RULE, math.nan, 0, 4 * vector, vector, "rule")
@@ -222,7 +222,7 @@ def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
 
     Beside what a gradient takes there are six vectors: weights, displacement, and the gradients that are subtracted.
     """
-    vector = problem.layout.total * problem.layout.dtype.itemsize
+    vector = problem.layout.vector_bytes
     found = _dry_run(problem, False)
     working = 6 * vector + (0 if found is None else found.gradient)
     return Cost(1, setup, product, math.nan, 0, working, vector, "rule" if found is None else "counted")
@@ -275,9 +275,8 @@ def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count:
     before, recorder.peak = recorder.peak, 0
     with recorder:
         _, again = _flops(product)
-    layout = meta.problem.layout
-    more = layout.total * layout.dtype.itemsize  # the sum over the batches
-    if any(leaf.dtype != layout.dtype for leaf in meta.leaves):
+    more = meta.problem.layout.vector_bytes  # the sum over the batches
+    if any(leaf.dtype != meta.problem.layout.dtype for leaf in meta.leaves):
         more += sum(row.nbytes for row in rows)  # the operand in the parameters' dtype
     working = max(before, recorder.peak + more) - size
     return _Count((setup / plain, again / plain) if plain else None, size, working, plainly.peak)

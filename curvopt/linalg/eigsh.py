@@ -36,13 +36,13 @@ def eigsh(
     seed: int = 0,
     max_basis: int | None = None,
     relax: tuple[int, float] | None = None,
+    look_every: int | None = None,
 ) -> EigenResult:
     """The k most wanted eigenpairs, by Lanczos with full orthogonalisation, thick restart and a guard.
 
     One product at a time: from a random start that is the cheapest way to a given residual, two to three products a
-    pair on the Hessians of networks. A test of the wanted pairs is the one moment at which the host waits: after every
-    product on the CPU and in chains from ``v0``, where it chooses the direction, and after every ``max(2, k // 4)`` from a
-    random start elsewhere. (Chains with so few looks took 1.4 times the products for k = 4, 10 and 20 together.)
+    pair on the Hessians of networks. A test of the wanted pairs is the one moment at which the host waits (see
+    ``look_every``).
 
     **The guard.** A small residual proves that a pair is an eigenpair, never that none was skipped: a chain sees a
     repeated eigenvalue once, and a start inside an invariant subspace never leaves it. So, once the pairs have
@@ -79,6 +79,10 @@ def eigsh(
             is enough as well: of values that lie close together each pair's vector stays uncertain for long. With a
             smaller share than a thousandth missing the last eight products before ``max_matvecs`` are not spent; that
             alone makes no pair converged.
+        look_every: products from one test of the pairs to the next at the earliest; a full basis is a test in any case. By
+            default ``max(2, k // 4)`` from a random start on a device, else 1: on the CPU looking is free, and in chains
+            from ``v0`` a test chooses the direction too (for k = 4, 10 and 20 together ``max(2, k // 4)`` took 1.4 times
+            the products there).
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
@@ -94,7 +98,7 @@ def eigsh(
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"k must be an int, got {k!r}")
     size = op.shape[0]
-    _check_arguments(size, k, which, tol, max_matvecs, guard, extra, max_basis)
+    _check_arguments(size, k, which, tol, max_matvecs, guard, extra, max_basis, look_every)
     start = None if v0 is None else check_start(op, v0)
     if max_matvecs is None:
         max_matvecs = max(20 * k + 100, min(size, 1000) + k)
@@ -102,7 +106,8 @@ def eigsh(
         max_basis = default_basis(k, extra, max_matvecs, 0 if start is None else len(start))
     floor = 50 * torch.finfo(op.dtype).eps
     later = (max_matvecs, tol) if relax is None else relax
-    plan = _Plan(k, which, max(tol, floor), max_matvecs, guard, min(extra, size - k), (later[0], max(later[1], floor)))
+    later = (later[0], max(later[1], floor))
+    plan = _Plan(k, which, max(tol, floor), max_matvecs, guard, min(extra, size - k), later, look_every)
     with op.hold():
         return _Solver(op, plan, min(max_basis, size) + 1, seed, start).solve()
 
@@ -125,6 +130,7 @@ def _check_arguments(
     guard: int | str,
     extra: int,
     max_basis: int | None,
+    look_every: int | None,
 ) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -145,6 +151,8 @@ def _check_arguments(
         raise ValueError(
             f"max_basis must be at least {least} for k={k}, extra={extra}, guard={guard!r}, got {max_basis}"
         )
+    if look_every is not None and look_every < 1:
+        raise ValueError(f"look_every must be at least 1, got {look_every}")
 
 
 @dataclass(frozen=True)
@@ -158,15 +166,17 @@ class _Plan:
     guard: int | str
     extra: int
     relax: tuple[int, float]
+    look_every: int | None
 
     def tolerance(self, matvecs: int) -> float:
         """What a pair must meet after so many products."""
         return self.relax[1] if matvecs >= self.relax[0] else self.tol
 
-
-def _stride(device: torch.device, k: int, warm: bool) -> int:
-    """Products between two looks at the host: reading is free on the CPU, elsewhere it waits for the device."""
-    return 1 if device.type == "cpu" or warm else max(2, k // 4)
+    def stride(self, device: torch.device, warm: bool) -> int:
+        """Products between two looks of the host: reading is free on the CPU, elsewhere it waits for the device."""
+        if self.look_every is not None:
+            return self.look_every
+        return 1 if device.type == "cpu" or warm else max(2, self.k // 4)
 
 
 class _Solver:
@@ -186,7 +196,7 @@ class _Solver:
             del mixed
             self.basis.close_all()
         self.plan = plan
-        self.stride = _stride(op.device, plan.k, warm)
+        self.stride = plan.stride(op.device, warm)
         # a full guard wants the next pair too: what was skipped may hide in a vector that has not converged yet
         self.goal = min(plan.k + (plan.guard == "full"), op.shape[0])
         self.exhaustive = plan.guard == "full" and capacity > op.shape[0]

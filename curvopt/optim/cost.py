@@ -89,8 +89,9 @@ def _work_bytes(s: DominantSubspace, base: Cost, cap: int, warm: bool) -> int:
         held += block  # what the attempt before found
     growing = (held + basis + images - 1) * vector + base.peak_bytes
     ending = (held + basis + block + 1) * vector + base.graph_bytes
+    small = (8 + s.parameters.dtype.itemsize) * basis * block  # coefficients of the Ritz vectors
     others = base.vector_bytes - vector  # of the layers that are done, in the worst case all but the largest
-    return max(growing, ending) + s.rank * others
+    return max(growing, ending) + small + s.rank * others
 
 
 def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
@@ -99,7 +100,7 @@ def cost_of(engine: SubspaceEngine, dry_run: bool) -> OptimizerCost:
     if s is None:
         raise ValueError("rank=0 has no subspace, so there is no refresh and no projection to cost anything")
     operator = engine.source.operator
-    vector = s.parameters.total * s.parameters.dtype.itemsize
+    vector = s.parameters.vector_bytes
     known = getattr(operator, "cost", None)
     base = Cost(1, *_UNKNOWN, math.nan, 0, 4 * vector, vector, "rule") if known is None else known(dry_run=dry_run)
     warm = Plan(s.rank, s.tol, s.max_matvecs, 0).warm_matvecs

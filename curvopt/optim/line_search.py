@@ -90,7 +90,8 @@ def armijo(phi: Phi, start: Trial, t: float, max_evaluations: int = 20) -> Searc
 def strong_wolfe(phi: Phi, start: Trial, t: float, max_evaluations: int = 25) -> SearchResult:
     """Find a step with sufficient decrease and ``|phi'(t)| <= 0.9 |phi'(0)|`` (Nocedal & Wright 2006, 3.5 and 3.6).
 
-    Where the evaluations run out, the best point with sufficient decrease is taken; s . y may then not be positive.
+    Where the evaluations run out, or no number lies inside the bracket, the best point with sufficient decrease is taken;
+    s . y may then not be positive.
 
     Args:
         phi: evaluates a step length.

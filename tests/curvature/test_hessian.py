@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.perf.operations import operations
 from curvopt.curvature import Hessian, Problem
 from curvopt.curvature.quiet import mixed_seed
 from tests.curvature.conftest import explicit
@@ -97,28 +97,16 @@ def test_what_cannot_be_vectorised_falls_back_to_the_loop():
         Hessian(model, nn.CrossEntropyLoss(), data, route="batched").to_dense()
 
 
-class OperationCount(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_vectorised_pass_calls_no_kernel_once_a_column():
     """torch's older vectorisation has no rule for tanh and log-softmax and loops over the columns."""
     op = build(BY_NAME["mlp"], route="batched")
 
-    def operations(columns):
-        with OperationCount() as mode:
-            op.multiply_rows(torch.ones(columns, op.shape[0], dtype=torch.float64))
-        return mode.count
+    def launches(columns):
+        return operations(lambda: op.multiply_rows(torch.ones(columns, op.shape[0], dtype=torch.float64))).launches
 
     with op.hold():
-        operations(2)
-        assert operations(12) == operations(2)
+        launches(2)
+        assert launches(12) == launches(2)
 
 
 def test_no_batched_pass_beyond_the_memory_budget():

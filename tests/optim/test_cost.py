@@ -54,7 +54,7 @@ def test_a_refresh_takes_the_stated_bytes(rank):
     cost = opt.cost(dry_run=True)
     for stated in (cost.first_work_bytes, cost.work_bytes):  # cold, then warm chains
         peak, left = peak_bytes(opt.refresh, torch.device("cpu"))
-        assert 0.9 * stated < peak < 1.02 * stated
+        assert 0.9 * stated < peak < stated
         assert left < 0.1 * cost.basis_bytes  # nothing stays but the basis, which was there before
 
 
@@ -85,7 +85,7 @@ def test_a_power_step_with_chains_after_it_takes_the_stated_bytes(rank):
     before = op.matvecs
     peak, _ = peak_bytes(opt.refresh, torch.device("cpu"))
     assert op.matvecs - before > rank + 1  # the power step was not enough
-    assert 0.9 * cost.work_bytes < peak < 1.02 * cost.work_bytes
+    assert 0.9 * cost.work_bytes < peak < cost.work_bytes
 
 
 def test_seconds_come_from_timing_and_nothing_moves():

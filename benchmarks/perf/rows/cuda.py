@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, figure, gradient
+from benchmarks.perf.operations import operations
 from benchmarks.perf.record import OURS, Figure, Row
 from benchmarks.perf.rows.refreshes import DIFFERENCES, LATER, warm
 from benchmarks.perf.rows.solvers import TRUE_RESIDUAL
@@ -34,7 +32,7 @@ def block(lab: Lab) -> list[Row]:
     rows = lab.vectors(operator.shape[0], 10)
     with operator.hold():
         operator.multiply_rows(rows)  # the graph, and the trial of routes on a device
-        one, many = (_launches(partial(operator.multiply_rows, some)) for some in (rows[:1], rows))
+        one, many = (operations(partial(operator.multiply_rows, some)).launches for some in (rows[:1], rows))
         words = (
             f"{many} operations that write, {one} of one product: what it comes to where nothing but launches counts"
         )
@@ -42,28 +40,9 @@ def block(lab: Lab) -> list[Row]:
         if not there:
             row.note = NOT_RUN
             return [row]
-        operator.multiply_rows(rows)
         timing = lab.times(lambda: operator.multiply_rows(rows[:1]), {OURS: lambda: operator.multiply_rows(rows)})
     row.figures.insert(0, figure(OURS, timing[OURS], None, f"route {operator.route}"))
     return [row]
-
-
-class _Launches(TorchDispatchMode):
-    """Counts operations that are no mere view: each launches one kernel at least."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
-        return func(*args, **(kwargs or {}))
-
-
-def _launches(work: Callable[[], object]) -> int:
-    with _Launches() as mode:
-        work()
-    return mode.count
 
 
 def gpt2(lab: Lab) -> list[Row]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, gradient
 from benchmarks.perf.memory import peak_bytes
+from benchmarks.perf.operations import operations
 from benchmarks.perf.problems import order
 from benchmarks.perf.record import OURS, Figure, Row
+from curvopt.linalg import EigenResult
 from curvopt.optim import rules
 
 
@@ -159,41 +157,17 @@ def memory(lab: Lab) -> list[Row]:
     return [*rows, row]
 
 
-class _HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a device: numbers read, tensors brought to the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _looking_every(products: int) -> Iterator[None]:
-    """Let the solver look at its columns after so many products at the earliest, as it does on an accelerator."""
-    solver = sys.modules["curvopt.linalg.eigsh"]
-    before = solver._stride  # type: ignore[attr-defined]
-    solver._stride = lambda *_: products  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        solver._stride = before  # type: ignore[attr-defined]
-
-
 def host_reads(lab: Lab) -> list[Row]:
     """Numbers read by the host in a cold solution, and what looking less often would cost in products."""
     lab.say("host reads")
     t = lab.trained("mlp")
     operator = curvopt.Hessian(t.at(EXACT_STEP), t.loss_fn, t.curvature_batch, check=False)
-    with _HostReads() as mode:
-        found = curvopt.eigsh(operator, 10, tol=1e-3, guard=0)
+    solutions: list[EigenResult] = []
+    reads = operations(lambda: solutions.append(curvopt.eigsh(operator, 10, tol=1e-3, guard=0))).host_reads
+    found = solutions[0]
     row = Row("numbers read by the host in a cold top ten", "mlp", "reads a product")
-    words = f"{mode.count} in {found.matvecs} products and {found.restarts} restarts"
-    row.figures = [Figure(OURS, mode.count / found.matvecs, evidence=words)]
+    words = f"{reads} in {found.matvecs} products and {found.restarts} restarts"
+    row.figures = [Figure(OURS, reads / found.matvecs, evidence=words)]
     looks = Row("products by how often the solver looks (once a basis is one look a restart)", "mlp", "products")
     known = curvopt.eigsh(operator, 20, tol=1e-3, guard=0).eigenvectors
     noise = lab.vectors(operator.shape[0], 20).T / operator.shape[0] ** 0.5
@@ -202,11 +176,10 @@ def host_reads(lab: Lab) -> list[Row]:
     for name, policy in policies.items():
         cold, warm = 0, 0.0
         for k in ranks:
-            with _looking_every(policy(k)):
-                cold += curvopt.eigsh(operator, k, tol=1e-3).matvecs
-                for move in moves:
-                    start = known[:, :k] + move * noise[:, :k]
-                    warm += curvopt.eigsh(operator, k, tol=1e-3, v0=start, guard=0).matvecs / len(moves)
+            solved = partial(curvopt.eigsh, operator, k, tol=1e-3, look_every=policy(k))
+            cold += solved().matvecs
+            for move in moves:
+                warm += solved(v0=known[:, :k] + move * noise[:, :k], guard=0).matvecs / len(moves)
         words = f"k = 4, 10 and 20 together: cold with the guard {cold}, from bases that moved {warm:.0f}"
         looks.figures.append(Figure(name, float(cold), evidence=words, counts=False))
     looks.note = (
