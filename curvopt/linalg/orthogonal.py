@@ -11,8 +11,10 @@ from torch import Tensor
 
 _CHUNK = 1 << 16
 _SUM = 1 << 14
-# So many roundings from orthonormal a second pass changes nothing: the sums that it would rest on are no better.
-_ROUNDED = 16
+# Smallest eigenvalue of unit rows' Gram matrix G: below it Cholesky QR is not tried; from the other on one pass is enough,
+# because it leaves the rounding of G's sums divided by that eigenvalue, and a second pass rests on such sums too. Where
+# the rows are a mix of others it grows by what cancels in mixing: squares summed over the square that is left.
+_DEPENDENT, _NEARLY_ORTHOGONAL, _CANCELS = 0.01, 0.5, 2.0
 
 
 @contextmanager
@@ -149,8 +151,8 @@ def cholesky_rows(
 
     With the rows scaled to unit norm and a Gram matrix whose smallest eigenvalue is at least 0.01, the first pass
     loses two digits at most, and the second brings orthogonality back to rounding (Yamamoto et al. 2015,
-    "CholeskyQR2"). Four passes of matrix products over the rows, where Gram-Schmidt takes four for *each* row; three
-    where the first of them has done it to rounding, as with the images of a basis that stood.
+    "CholeskyQR2"). Four passes of matrix products over the rows, where Gram-Schmidt takes four for *each* row; two for
+    rows that are nearly orthogonal, as the images of a basis that stood are.
 
     Args:
         rows: (m, P).
@@ -166,14 +168,16 @@ def cholesky_rows(
         return None
     if gram is None:
         gram = gram_matrices((rows, rows))[0]
+    square = summed = gram.diagonal().copy()
     if mix is not None:
-        gram = mix @ gram @ mix.T
-    square = gram.diagonal().copy()
+        gram, summed = mix @ gram @ mix.T, mix**2 @ square
+        square = gram.diagonal().copy()
     usable = np.isfinite(gram).all() and square.min() >= 1e-20 and square.max() <= 1e20
     if usable:
         scale = 1 / np.sqrt(square)
         gram = gram * scale[:, None] * scale
-    if not usable or np.linalg.eigvalsh(gram)[0] < 0.01:
+    least = np.linalg.eigvalsh(gram)[0] if usable else 0.0
+    if least < _DEPENDENT:
         if in_place and mix is not None:
             rotate_rows(rows, torch.from_numpy(mix).to(rows))
         return None
@@ -186,12 +190,11 @@ def cholesky_rows(
         out = rows
     else:
         out = turn @ rows
-    again = gram_matrices((out, out))[0]
-    off = np.abs(again - np.eye(len(again))).max()
-    if not off < 0.01:
-        return None
-    if off <= _ROUNDED * torch.finfo(rows.dtype).eps:
+    if least >= _NEARLY_ORTHOGONAL and (summed * scale**2).max() <= _CANCELS:
         return out, first
+    again = gram_matrices((out, out))[0]
+    if not np.abs(again - np.eye(len(again))).max() < 0.01:
+        return None
     second = np.linalg.inv(np.linalg.cholesky(again))
     rotate_rows(out, torch.from_numpy(second).to(out))
     return out, second @ first
