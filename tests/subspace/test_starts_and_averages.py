@@ -8,8 +8,7 @@ from torch import nn
 
 from curvopt._errors import CurvatureError
 from curvopt.curvature import GGN, DiagonalOperator, Hessian, class_directions
-from curvopt.linalg import power_image
-from curvopt.linalg import orthogonal
+from curvopt.linalg import orthogonal, power_image
 from curvopt.linalg.orthogonal import cholesky_rows, gram_matrices, orthonormalize_rows
 from curvopt.subspace import DominantSubspace
 from tests.reference import dense_hessian
