@@ -128,7 +128,12 @@ class QuasiNewton:
         result = None
         for route in routes:
             direction = self._direction(route, point)
-            slope, largest, total = _read(torch.dot(point.gradient, direction), direction.abs().max(), point.total)
+            slope, largest, square, total = _read(
+                torch.dot(point.gradient, direction),
+                direction.abs().max(),
+                torch.dot(direction, direction),
+                point.total,
+            )
             if slope == 0.0:
                 return f"the slope along the direction is 0 (largest gradient entry {point.largest:.2g})"
             if not -math.inf < slope < 0.0:
@@ -138,7 +143,7 @@ class QuasiNewton:
             t = how.lr * min(1.0, 1.0 / total) if route == "gradient" else how.lr
             result = self.evaluate.search(how.search, start, direction, point, slope, t)
             if result.trial is not None:
-                return self._accept(result.trial, point, direction, largest)
+                return self._accept(result.trial, point, direction, largest, math.sqrt(square))
             counts.failures += 1
             if route == routes[0] and abs(slope) * t <= _ROUNDING * torch.finfo(self.layout.dtype).eps * abs(
                 point.value
@@ -168,11 +173,21 @@ class QuasiNewton:
             return history.apply(gradient, lambda q: initial.apply(q, gamma))
         return initial.apply(gradient, gamma)
 
-    def _accept(self, trial: Trial, before: Point, direction: Tensor, largest: float) -> tuple[Point, float]:
-        """Keep the pair of an accepted step where its curvature is positive."""
+    def _accept(
+        self, trial: Trial, before: Point, direction: Tensor, largest: float, length: float
+    ) -> tuple[Point, float]:
+        """Keep the pair of an accepted step where its curvature is positive beyond rounding, at any scale of the loss.
+
+        Args:
+            trial: the accepted one.
+            before: the point that it started from.
+            direction: d, (P,).
+            largest: its largest entry in magnitude.
+            length: its norm.
+        """
         point: Point = trial.payload
         change = point.gradient - before.gradient
-        if trial.t * point.bend > torch.finfo(change.dtype).eps * point.change:
+        if point.bend > torch.finfo(change.dtype).eps * length * math.sqrt(point.change):
             self.pairs().push(trial.t * direction, change)
         else:
             self.counts.skipped += 1

@@ -116,6 +116,24 @@ def test_strong_wolfe_keeps_every_pair():
     assert op.value() < 1e-16
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e8), (torch.float64, 1e17)])
+def test_curvature_above_one_over_eps_drops_no_pair(dtype, scale):
+    curvatures = torch.logspace(0, -3, 20, dtype=dtype) * scale
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
+    opt = SubspaceLBFGS([x], rank=0, max_iter=100)
+
+    def closure():
+        opt.zero_grad()
+        loss = 0.5 * (curvatures * x * x).sum()
+        loss.backward()
+        return loss
+
+    first = float(closure())
+    opt.step(closure)
+    assert opt.stats()["skipped"] == 0
+    assert float(closure()) < 1e-10 * first  # 20 unknowns, 100 iterations; steepest descent leaves 2e-3
+
+
 def test_rank_of_the_whole_space_converges_in_one_step():
     op, params = quartic(c=0.0, condition=1e2)
     opt = SubspaceLBFGS(params, rank=20, curvature=op, refresh_at=(0,), rounds=3, cold_rounds=3, max_iter=1)
