@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from curvopt.curvature.quiet import (
 )
 from curvopt.curvature.routes import timed
 
+MakeMiddle = Callable[[Batch, Outputs], Callable[[Any], Any]]
+Result = TypeVar("Result")
 # Multiplications of a deep net: a gradient is 3 units (1 forward, 2 back), a Hessian product on a kept graph 6.
 _RULE = 2.0
 
@@ -127,6 +129,10 @@ def fitted(
     )
 
 
+def _identity(tangent: Any) -> Any:
+    return tangent
+
+
 class _OnMeta:
     """A problem's function at meta copies of its parameters, buffers and first batch."""
 
@@ -151,10 +157,21 @@ class _OnMeta:
         with self._in_place():
             return self.problem.call(self.batch)[1]
 
-    def outputs(self) -> Any:
-        """The model's outputs, meta tensors with a graph."""
+    def outputs(self, middle: MakeMiddle | None = None) -> tuple[list[Tensor], Callable[[Any], Any]]:
+        """The model's outputs, meta tensors with a graph, and B at them (the identity where it refuses such tensors)."""
         with self._in_place():
-            return self.problem._outputs(self.batch)
+            outputs = Outputs(self.problem._outputs(self.batch))
+            try:
+                return outputs.tensors, _identity if middle is None else middle(self.batch, outputs)
+            except Exception:  # a loss that reads numbers, for one
+                return outputs.tensors, _identity
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the model's and the loss's buffers, of which each graph keeps a copy."""
+        problem = self.problem
+        buffers = {id(b): b for m in all_modules((problem.model, problem.loss_fn)) for b in m._buffers.values()}
+        return sum(b.nbytes for b in buffers.values() if b is not None)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -194,7 +211,7 @@ class _Count:
     gradient: int
 
 
-def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = False) -> Cost:
+def counted(problem: Problem, budget: int | None = None, middle: MakeMiddle | None = None) -> Cost:
     """Cost of a product by double backward from a dry run on the meta device; nothing is allocated.
 
     Multiplications are those of matrix products and convolutions; elementwise work, which can be a third of a small
@@ -203,10 +220,11 @@ def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = Fa
     Args:
         problem: model, loss and data; only the first batch's shapes are looked at.
         budget: bytes of graphs kept at a time; one is kept in any case. None: all of them.
-        gauss_newton: of a Gauss-Newton product (J v by a reverse pass of a reverse pass, then J^T), not a Hessian's.
+        middle: of a product ``J^T B J v`` (J v by a reverse pass of a reverse pass), not a Hessian's: makes B of a batch and
+            its outputs.
     """
     vector = problem.layout.vector_bytes
-    found = _dry_run(problem, gauss_newton)
+    found = _dry_run(problem, lambda meta: _counted(meta, middle))
     if found is None:
         return Cost(1, 1.0, _RULE, math.nan, 0, 4 * vector, vector, "rule")
     kept, working = len(problem.batches), found.working
@@ -220,63 +238,69 @@ def counted(problem: Problem, budget: int | None = None, gauss_newton: bool = Fa
 def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
     """Cost of a product by differences of gradients, of which set-up and product take so many.
 
-    Beside what a gradient takes there are six vectors: weights, displacement, and the gradients that are subtracted.
+    Beside what a gradient takes (left out where the net refuses the meta device) there are six vectors: weights,
+    displacement, and the gradients that are subtracted.
     """
     vector = problem.layout.vector_bytes
-    found = _dry_run(problem, False)
-    working = 6 * vector + (0 if found is None else found.gradient)
-    return Cost(1, setup, product, math.nan, 0, working, vector, "rule" if found is None else "counted")
+    working = 6 * vector + (_dry_run(problem, lambda meta: _plain_gradient(meta)[1]) or 0)
+    return Cost(1, setup, product, math.nan, 0, working, vector, "counted")
 
 
-def _dry_run(problem: Problem, gauss_newton: bool) -> _Count | None:
+def _dry_run(problem: Problem, work: Callable[[_OnMeta], Result]) -> Result | None:
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            return _counted(_OnMeta(problem), gauss_newton)
+            return work(_OnMeta(problem))
     except Exception:  # data-dependent shapes, host reads, kernels without a meta form: a net may refuse in any way
         return None
 
 
-def _counted(meta: _OnMeta, gauss_newton: bool) -> _Count:
+def _plain_gradient(meta: _OnMeta) -> tuple[int, int]:
+    """Multiplications of a gradient, and the most bytes that live in it."""
     live = [leaf for leaf in meta.leaves if leaf.requires_grad]
-    given = meta.given
-    with StorageRecorder(given, follow=True) as plainly:
-        _, plain = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
+    with StorageRecorder(meta.given, follow=True) as recorder:
+        _, flops = _flops(lambda: torch.autograd.grad(meta.loss(), live, allow_unused=True))
+    return flops, recorder.peak
+
+
+def _counted(meta: _OnMeta, middle: MakeMiddle | None) -> _Count:
+    plain, most = _plain_gradient(meta)
+    live = [leaf for leaf in meta.leaves if leaf.requires_grad]
     made: list[Any] = []
 
     def record() -> Any:
-        if gauss_newton:
-            outputs = Outputs(meta.outputs()).tensors
-            dummies = [torch.empty_like(o, requires_grad=True) for o in outputs]
-            made.extend((outputs, dummies))
-            return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
-        return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
+        if middle is None:
+            return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
+        outputs, between = meta.outputs(middle)
+        dummies = [torch.empty_like(o, requires_grad=True) for o in outputs]
+        made.extend((outputs, dummies, between))
+        return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
 
-    recorder = StorageRecorder(given, follow=True)
+    recorder = StorageRecorder(meta.given, follow=True)
     with recorder:
         slopes, setup = _flops(record)
     used = [g for g in slopes if g is not None and g.requires_grad]
-    size = saved_bytes(used, given)
-    if size is None:  # packed by hooks
+    size = saved_bytes(used, meta.given) if middle is None else None
+    if size is None:  # packed by hooks, or B keeps something too
         size = recorder.alive()
-    if (
-        gauss_newton and meta.problem.layout.device.type == "cpu"
-    ):  # the pull is recorded at zero, and zeros are not multiplied
-        setup = _flops(meta.outputs)[1]
+    size += meta.buffer_bytes
+    if middle is not None and meta.problem.layout.device.type == "cpu":
+        setup = _flops(meta.outputs)[1]  # the pull is recorded at zero, and zeros are not multiplied
     rows = [torch.empty_like(g) for g in used]
 
     def product() -> None:
-        if gauss_newton:
-            outputs, dummies = made
-            torch.autograd.grad(used, dummies, rows, retain_graph=True, allow_unused=True)
-            torch.autograd.grad(outputs, live, dummies, retain_graph=True, allow_unused=True)
-        else:
+        if middle is None:
             torch.autograd.grad(used, live, rows, retain_graph=True, allow_unused=True)
+            return
+        outputs, dummies, between = made
+        tangent = torch.autograd.grad(used, dummies, rows, retain_graph=True, allow_unused=True)
+        tangent = [torch.empty_like(d) if t is None else t for t, d in zip(tangent, dummies, strict=True)]
+        torch.autograd.grad(outputs, live, between(tangent), retain_graph=True, allow_unused=True)
 
     before, recorder.peak = recorder.peak, 0
     with recorder:
         _, again = _flops(product)
-    more = meta.problem.layout.vector_bytes  # the sum over the batches
+    more = meta.problem.layout.vector_bytes  # the sum over the batches, there from the first
     if any(leaf.dtype != meta.problem.layout.dtype for leaf in meta.leaves):
         more += sum(row.nbytes for row in rows)  # the operand in the parameters' dtype
-    working = max(before, recorder.peak + more) - size
-    return _Count((setup / plain, again / plain) if plain else None, size, working, plainly.peak)
+    working = max(before, recorder.peak + meta.buffer_bytes) + more - size
+    return _Count((setup / plain, again / plain) if plain else None, size, working, most)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvopt._errors import CurvatureModeWarning, DoubleBackwardError, NonFiniteError
 from curvopt.curvature.check import probe_double_backward
+from curvopt.curvature.cost import Cost, counted, counted_differences
 from curvopt.curvature.data import Batch
 from curvopt.curvature.differences import difference_product, displaced, scale_of
 from curvopt.curvature.ggn import FactorCache
@@ -156,6 +157,11 @@ class FunctionalHessian(ProblemOperator):
 
     def _release(self) -> None:
         self._cache.clear()
+
+    def _dry_cost(self) -> Cost:
+        if self.method == "double_backward":
+            return counted(self.problem, self._cache.budget)
+        return counted_differences(self.problem, 1.0, 2.0)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)

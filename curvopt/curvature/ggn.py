@@ -126,7 +126,7 @@ class JacobianOperator(ProblemOperator):
         }
 
     def _dry_cost(self) -> Cost:
-        return counted(self.problem, self.graph_budget, gauss_newton=True)
+        return counted(self.problem, self.graph_budget, lambda batch, outputs: self._middle_and_loss(batch, outputs)[0])
 
     # ---- one batch
     def _probe(self) -> None:
@@ -144,14 +144,17 @@ class JacobianOperator(ProblemOperator):
                 if batch is batches[-1]:
                     raise
 
+    def _middle_and_loss(self, batch: Batch, outputs: Outputs) -> tuple[Middle, Tensor]:
+        middle = self._middle(batch, outputs)
+        with torch.no_grad():
+            return middle, loss_on_outputs(self.problem, batch, outputs)(outputs.tensors)
+
     def _factor(self, batch: Batch) -> Factor:
         problem = self.problem
         batch = problem.placed(batch)
         with problem.quiet(batch) as buffers:
             outputs = Outputs(problem._outputs(batch))
-            middle = self._middle(batch, outputs)
-            with torch.no_grad():
-                loss = loss_on_outputs(problem, batch, outputs)(outputs.tensors)
+            middle, loss = self._middle_and_loss(batch, outputs)
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss.item()} on curvature batch {batch.number}: no curvature")
             jacobian = BatchJacobian(problem, batch, outputs, buffers, self.method)

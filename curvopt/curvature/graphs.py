@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvopt._errors import CurvatureError, NonFiniteError
 from curvopt.curvature.data import Batch, tensors_in
 from curvopt.curvature.problem import Problem
-from curvopt.curvature.quiet import Buffers, batched_gradients, gradients
+from curvopt.curvature.quiet import Buffers, batched_gradients, gradients, tensors_of
 
 Kept = TypeVar("Kept")
 
@@ -144,15 +144,15 @@ class GradientGraph:
                 + ", ".join(problem.layout.names[:3])
                 + (" and others" if len(parts) > 3 else "")
             )
-        self.gradient: list[Tensor | None] = [None if part is None else part.detach() for part in parts]
         # parts without a graph are constants (or cut off by an operation that hides its graph: see check.py)
         self.kept = [(i, part) for i, part in enumerate(parts) if part is not None and part.requires_grad]
 
     @property
     def nbytes(self) -> int | None:
-        """What the graph keeps beside the parameters and the batch, read off it; None where it does not show."""
-        parts = [part for _, part in self.kept]
-        return saved_bytes(parts, [*self.problem.leaves, *self.data])
+        """What is kept beside the parameters and the batch, read off the graph; None where it does not show."""
+        own = tensors_of(self.buffers)
+        saved = saved_bytes([part for _, part in self.kept], [*self.problem.leaves, *self.data, *own])
+        return None if saved is None else saved + sum(buffer.untyped_storage().nbytes() for buffer in own)
 
     def multiply(self, out: Tensor, rows: Tensor, batched: bool = False) -> None:
         """Add the products with rows (m, P) to ``out`` (m, P), one after the other or in one vectorised pass."""

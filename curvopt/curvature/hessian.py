@@ -309,6 +309,8 @@ class Hessian(ProblemOperator):
 
     def _width(self) -> int:
         """Columns of a batched pass: five columns' work space is taken for ten graphs' bytes, and must fit."""
+        if self._graphs.bytes_of_one == 0:  # a pinned route: the first graph, which is kept in any case, is its measure
+            next(self._graphs.each())
         return max(1, self.graph_budget // max(self._graphs.bytes_of_one, 1))
 
     # ---- differences

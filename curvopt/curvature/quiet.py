@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -105,8 +106,28 @@ def batched_gradients(
     """``gradients`` for each of several ``grad_outputs`` (m, ...) in one vectorised pass; the graph stays.
 
     By ``torch.func.vmap``: what ``is_grads_batched`` of ``torch.autograd.grad`` goes through has no rule for tanh or
-    log-softmax and calls their kernels m times.
+    log-softmax and calls their kernels m times. That is left to derivatives that call a Function of the older style
+    (no ``setup_context``), which ``torch.func`` refuses.
+
+    Raises:
+        RuntimeError: memory does not suffice, or neither way can vectorise an operation (one that reads a number).
     """
+    with warnings.catch_warnings():  # where torch has no rule for an operation: whoever chose this pass has timed it
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            return _mapped_gradients(outputs, inputs, grad_outputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            try:
+                return gradients(outputs, inputs, grad_outputs, retain_graph=True, is_grads_batched=True)
+            except RuntimeError:
+                raise error from None  # the newer way's words say more
+
+
+def _mapped_gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     taking_part: list[bool] = []
 
     def one(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -139,6 +160,11 @@ def gradient_hooks_suspended(params: Sequence[Tensor]) -> AbstractContextManager
 
 def _module_hooks_suspended(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     return _emptied(hooks for module in modules for hooks in (module._backward_hooks, module._backward_pre_hooks))
+
+
+def tensors_of(buffers: Buffers) -> list[Tensor]:
+    """Each tensor among them, once."""
+    return list({id(b): b for _, entry in buffers for b in entry.values() if b is not None}.values())
 
 
 def _cloned_buffers(modules: Sequence[nn.Module]) -> Buffers:

@@ -79,24 +79,25 @@ def eigsh(
             is enough as well: of values that lie close together each pair's vector stays uncertain for long. With a
             smaller share than a thousandth missing the last eight products before ``max_matvecs`` are not spent; that
             alone makes no pair converged.
-        look_every: products from one test of the pairs to the next at the earliest; a full basis is a test in any case. By
-            default ``max(2, k // 4)`` from a random start on a device, else 1: on the CPU looking is free, and in chains
-            from ``v0`` a test chooses the direction too (for k = 4, 10 and 20 together ``max(2, k // 4)`` took 1.4 times
-            the products there).
+        look_every: products from one test of the pairs to the next at the earliest, the guard's with ``"full"`` included; a
+            full basis is a test in any case. By default ``max(2, k // 4)`` from a random start on a device, else 1: on
+            the CPU looking is free, and in chains from ``v0`` a test chooses the direction too (for k = 4, 10 and 20
+            together ``max(2, k // 4)`` took 1.4 times the products there).
 
     Returns:
         pairs most wanted first, their residual norms, status in words, and the products spent.
 
     Raises:
-        TypeError: ``op`` is no operator, ``k`` no int.
+        TypeError: ``op`` is no operator, ``k`` or ``look_every`` no int.
         ValueError: an argument is out of range or has the wrong shape, dtype or device.
         NonFiniteError: a product holds NaN or Inf.
     """
     if not isinstance(op, SymmetricOperator):
         raise TypeError(f"op must be an operator such as curvopt.Hessian, got {type(op).__name__}")
-    given: object = k
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-        raise TypeError(f"k must be an int, got {k!r}")
+    given: dict[str, object] = {"k": k, "look_every": 1 if look_every is None else look_every}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {value!r}")
     size = op.shape[0]
     _check_arguments(size, k, which, tol, max_matvecs, guard, extra, max_basis, look_every)
     start = None if v0 is None else check_start(op, v0)
@@ -138,6 +139,8 @@ def _check_arguments(
         raise ValueError(f"k must be at most the operator's size {size}, got {k}")
     if which not in _WHICH:
         raise ValueError(f"which must be one of {', '.join(_WHICH)}, got {which!r}")
+    if look_every is not None and look_every < 1:
+        raise ValueError(f"look_every must be at least 1, got {look_every}")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must lie in [0, 1), got {tol}")
     if max_matvecs is not None and max_matvecs < k:
@@ -151,8 +154,6 @@ def _check_arguments(
         raise ValueError(
             f"max_basis must be at least {least} for k={k}, extra={extra}, guard={guard!r}, got {max_basis}"
         )
-    if look_every is not None and look_every < 1:
-        raise ValueError(f"look_every must be at least 1, got {look_every}")
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,9 @@ class KrylovBasis:
         alive = sorted((*self.open, *self.closed))
         count = len(alive)
         if alive != list(range(count)):
-            self.rows[:count] = self.rows[alive]
+            for new, old in enumerate(alive):  # one after the other: no second copy of the basis
+                if new != old:
+                    self.rows[new] = self.rows[old]
             place = {old: new for new, old in enumerate(alive)}
             self.open, self.closed = ([place[i] for i in rows] for rows in (self.open, self.closed))
             inner, lost = self._h[np.ix_(alive, alive)], self._lost[:, alive]

@@ -21,6 +21,8 @@ from curvopt.linalg.orthogonal import (
 
 # Squares of residuals come from Gram matrices down to so many roundings of the largest entry: to a few per cent there.
 _CANCELLED = 200
+# An overlap comes from Gram matrices while rounding is at most so much of it.
+_LOST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,12 @@ def _orthonormalized(
     k = len(rows) - 1
     if (quick := cholesky_rows(image, mix, gram, in_place=True)) is not None:
         new, combination = quick
-        return new, float(((combination @ cross)[:k, :k] ** 2).sum()) / k, k + 1
-    new, rank = orthonormalize_rows(image, generator=generator)
+        # images that are next to nothing beside the others are lost in the rounding of ``cross``
+        if np.abs(combination).sum(1).max() * np.abs(cross).max() * torch.finfo(rows.dtype).eps < _LOST:
+            return new, float(((combination @ cross)[:k, :k] ** 2).sum()) / k, k + 1
+        rank = k + 1
+    else:
+        new, rank = orthonormalize_rows(image, generator=generator)
     return new, float((new[:k] @ rows[:k].T).square().sum()) / k, rank
 
 

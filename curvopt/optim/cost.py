@@ -35,7 +35,8 @@ class OptimizerCost:
         basis_bytes: what is kept between the steps: k + 1 vectors in ``basis_dtype``.
         first_work_bytes: the largest extra allocation during the first refresh: the solver's vectors, the operator's graph
             and what a product takes beside it.
-        work_bytes: the same of a later one (the dearest way: warm chains; one power step takes 2 (k + 1) vectors).
+        work_bytes: the same of a later one (the dearest way: warm chains; one power step takes 2 (k + 1) vectors). Both are
+            of products one at a time: a vectorised pass takes up to ``graph_budget`` more.
         overhead: the share of the time that refreshes may take, None where the period is fixed.
     """
 

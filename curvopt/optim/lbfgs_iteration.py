@@ -176,7 +176,7 @@ class QuasiNewton:
     def _accept(
         self, trial: Trial, before: Point, direction: Tensor, largest: float, length: float
     ) -> tuple[Point, float]:
-        """Keep the pair of an accepted step where its curvature is positive beyond rounding, at any scale of the loss.
+        """Keep the pair of an accepted step where it ``_curves``.
 
         Args:
             trial: the accepted one.
@@ -187,7 +187,7 @@ class QuasiNewton:
         """
         point: Point = trial.payload
         change = point.gradient - before.gradient
-        if point.bend > torch.finfo(change.dtype).eps * length * math.sqrt(point.change):
+        if self._curves(point, length):
             self.pairs().push(trial.t * direction, change)
         else:
             self.counts.skipped += 1
@@ -196,6 +196,10 @@ class QuasiNewton:
         if self.initial.subspace is not None:
             self.initial.subspace.age += 1
         return point, trial.t * largest
+
+    def _curves(self, point: Point, length: float) -> bool:
+        """Whether ``s . y > 0`` beyond rounding, at any scale of the loss; ``length`` is the direction's norm."""
+        return point.bend > torch.finfo(self.layout.dtype).eps * length * math.sqrt(point.change)
 
     def _drop_direction(self, route: str, slope: float) -> None:
         """A direction that does not descend: the history that made it is dropped."""

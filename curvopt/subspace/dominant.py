@@ -279,7 +279,7 @@ class DominantSubspace:
     def _cached(self, g: int, dtype: torch.dtype, cold: bool) -> Cached:
         spectrum, group = self._spectrum(g, cold), self.groups[g]
         if spectrum.live == 0:  # nothing to start from: no copy of nothing
-            return Cached(spectrum, torch.zeros(1, self._size(g), dtype=dtype, device=self.parameters.device))
+            return Cached(spectrum, None)
         block = torch.empty(spectrum.live + 1, self._size(g), dtype=dtype, device=self.parameters.device)
         for i, piece in zip(group, block.split([self.parameters.sizes[i] for i in group], dim=1), strict=True):
             piece[:-1] = self.blocks[i].reshape(self.rank, -1)[: spectrum.live]

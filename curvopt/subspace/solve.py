@@ -141,12 +141,12 @@ class Cached:
     Args:
         spectrum: its values.
         block: (live + 1, P), orthonormal up to the rounding of the cache's dtype; the probe comes last, zero where there
-            is none.
+            is none. None where nothing is cached.
     """
 
-    def __init__(self, spectrum: Spectrum, block: Tensor) -> None:
+    def __init__(self, spectrum: Spectrum, block: Tensor | None) -> None:
         self.spectrum = spectrum
-        self._block: Tensor | None = block
+        self._block = block
 
     def take(self) -> Tensor:
         """The block, no longer held here: a power step leaves another, and two need not live beside chains."""
@@ -256,8 +256,9 @@ def solve_from(operator: SymmetricOperator, plan: Plan, start: Tensor) -> Soluti
     if plan.k >= operator.shape[0] or plan.max_matvecs < plan.k + 1:
         return _lanczos(operator, plan, None, plan.max_matvecs, plan.tol)
     generator = torch.Generator(device=operator.device).manual_seed(plan.seed)
-    rows, _ = orthonormalize_rows(start, generator=generator)
-    probe = random_orthogonal(rows, generator)
+    with exact_arithmetic(start.device):
+        rows, _ = orthonormalize_rows(start, generator=generator)
+        probe = random_orthogonal(rows, generator)
     assert probe is not None  # k < P
     rows = torch.cat([rows, probe[None]])
     unknown = Spectrum(torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0, 0.0, False)
@@ -334,11 +335,11 @@ def _image(operator: SymmetricOperator, plan: Plan, cached: Cached, least_ratio:
     rows = cached.take()
     with exact_arithmetic(rows.device):
         inner = gram_matrices((rows, rows))[0]
-    gram: np.ndarray | None = inner
-    # to ten times what sums of P products leave; a cache in half precision is orthonormal to its own rounding only
-    if not np.abs(inner - np.eye(len(rows))).max() <= 100 * torch.finfo(rows.dtype).eps:
-        rows, _ = orthonormalize_rows(rows, generator=generator)
-        gram = None
+        gram: np.ndarray | None = inner
+        # to ten times what sums of P products leave; a cache in half precision is orthonormal to its own rounding only
+        if not np.abs(inner - np.eye(len(rows))).max() <= 100 * torch.finfo(rows.dtype).eps:
+            rows, _ = orthonormalize_rows(rows, generator=generator)
+            gram = None
     image = power_image(operator, rows, gain=plan.gain, seed=plan.seed, gram=gram)
     if not image.finite:
         raise NonFiniteError("the curvature gave NaN or infinite products; loss and gradient at these weights overflow")

@@ -117,6 +117,57 @@ def test_no_batched_pass_beyond_the_memory_budget():
     assert relative(op.to_dense(), explicit("mlp")) < FLOAT64  # one column at a time
 
 
+def test_a_pinned_vectorised_pass_keeps_to_the_budget_from_the_first_block():
+    op = build(BY_NAME["mlp"])
+    with op.hold():
+        op @ torch.ones(op.shape[0], dtype=torch.float64)
+        size = op.graph_bytes
+    v = torch.ones(12, op.shape[0], dtype=torch.float64)
+    pinned = build(BY_NAME["mlp"], route="batched", graph_budget=3 * size)
+    first = operations(lambda: pinned.multiply_rows(v)).launches  # it has to build the graph beside
+    assert operations(lambda: pinned.multiply_rows(v)).launches == first  # four passes of three columns each
+    whole = build(BY_NAME["mlp"], route="batched", graph_budget=12 * size)
+    assert operations(lambda: whole.multiply_rows(v)).launches < first
+
+
+class SlopeOfCube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.save_for_backward(x, slope)
+        return 3 * x * x * slope
+
+    @staticmethod
+    def backward(ctx, g):
+        x, slope = ctx.saved_tensors
+        return 6 * x * slope * g, 3 * x * x * g
+
+
+class Cube(torch.autograd.Function):
+    """Of the older style, its derivative another Function: torch.func refuses it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return SlopeOfCube.apply(ctx.saved_tensors[0], g)
+
+
+class Cubes(nn.Module):
+    def forward(self, x):
+        return Cube.apply(x)
+
+
+def test_functions_of_the_older_style_are_vectorised_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Cubes(), nn.Linear(4, 2)).double()
+    data = (torch.randn(6, 3, dtype=torch.float64), torch.randint(2, (6,)))
+    found = Hessian(model, nn.CrossEntropyLoss(), data, route="batched").to_dense()
+    assert relative(found, Hessian(model, nn.CrossEntropyLoss(), data, route="loop").to_dense()) < FLOAT64
+
+
 def test_graphs_beyond_the_budget_are_built_once_a_block():
     model, loss_fn, (x, y), _ = BY_NAME["mlp"].make(torch.float64)
     pieces = list(zip(x.split(4), y.split(4), strict=True))

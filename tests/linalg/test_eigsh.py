@@ -430,6 +430,9 @@ def test_operands_of_a_wrong_kind() -> None:
         eigsh(torch.eye(3), 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"k must be an int, got 2\.0"):
         eigsh(DiagonalOperator(torch.arange(8.0)), 2.0)  # type: ignore[arg-type]
+    for wrong in (2.5, True, "3"):
+        with pytest.raises(TypeError, match=f"look_every must be an int, got {wrong!r}"):
+            eigsh(DiagonalOperator(torch.arange(8.0)), 2, look_every=wrong)  # type: ignore[arg-type]
 
 
 def test_a_product_that_is_not_finite_raises() -> None:

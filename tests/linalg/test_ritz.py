@@ -191,6 +191,20 @@ def test_bad_rows(rows: torch.Tensor, text: str) -> None:
         power_image(DiagonalOperator(torch.ones(4)), rows)
 
 
+def test_overlap_with_images_that_are_rounding_is_that_of_the_rows() -> None:
+    # half of the values are zero in float32's sight, and the rows are turned, so that images say nothing of half of them
+    size, m = 2000, 11
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(size, m, generator=generator, dtype=torch.float64))[0].T
+    values = torch.cat([torch.linspace(5, 1, 5, dtype=torch.float64), torch.zeros(m - 5, dtype=torch.float64)])
+    matrix = ((q.T * values) @ q).float()
+    rows = (torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))[0] @ q).float()
+    step = power_image(DenseOperator((matrix + matrix.T) / 2), rows)
+    true = float((step.rows[:-1].double() @ rows[:-1].double().T).square().sum()) / (m - 1)
+    assert true < 0.9  # what the zero values had is gone
+    assert step.overlap == pytest.approx(true, abs=1e-3)
+
+
 # ---- the arithmetic beneath
 def test_a_known_gram_matrix_changes_nothing() -> None:
     raw = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

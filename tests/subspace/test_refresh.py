@@ -242,6 +242,18 @@ def test_low_precision_cache(dtype):
         assert overlap(s.basis, op.eigenvectors(list(range(5)))) > 0.998
 
 
+@pytest.mark.parametrize("given", ["cache", "start"])
+def test_a_power_step_under_autocast_is_exact(given):
+    op = planted([10, 9, 8, 7, 6], dtype=torch.float32)
+    s = DominantSubspace(op, 5, dtype=torch.bfloat16)
+    start = op.eigenvectors(list(range(5))).float() + 0.01
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s.refresh(start=start if given == "start" else None)
+        turn(op, 0.05, 0, 50)
+        assert s.refresh().kind == "image"
+    assert overlap(s.basis, op.eigenvectors(list(range(5)))) > 0.998
+
+
 # ---- failing
 class Failing(PlantedSpectrum):
     """Raises, or gives NaN, from the n-th product on."""

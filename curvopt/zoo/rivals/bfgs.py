@@ -33,12 +33,13 @@ class _DenseQuasiNewton(QuasiNewton):
     def _inverse_times(self, gradient: Tensor, route: str) -> Tensor:
         return torch.mv(self.inverse.matrix, gradient)
 
-    def _accept(self, trial: Trial, before: Point, direction: Tensor, largest: float) -> tuple[Point, float]:
+    def _accept(
+        self, trial: Trial, before: Point, direction: Tensor, largest: float, length: float
+    ) -> tuple[Point, float]:
         point: Point = trial.payload
         step, change = trial.t * direction, point.gradient - before.gradient
         model = -trial.t * torch.dot(step, before.gradient)
-        positive = trial.t * point.bend > torch.finfo(change.dtype).eps * point.change
-        if not (positive and self.inverse.push(step, change, model)):
+        if not (self._curves(point, length) and self.inverse.push(step, change, model)):
             self.counts.skipped += 1
         self.counts.iterations += 1
         self.counts.in_row = 0
