@@ -51,7 +51,8 @@ class Cost:
         setup_seconds, product_seconds, gradient_seconds: likewise.
         graph_bytes: what stays allocated between the products.
         working_bytes: the most that is allocated beside it, in the set-up or in a product one at a time (the result
-            included; a vectorised pass takes up to ``graph_budget`` more). What a kernel takes for itself is not seen.
+            included; a vectorised pass takes up to ``graph_budget`` more). What a kernel takes for itself is not seen, nor
+            batches that have to be brought to the device.
         vector_bytes: of one vector (P,).
         peak_bytes: both together.
         source: "timed", "counted" (multiplications of a dry run) or "rule" (6 units a product against 3 a gradient: the

@@ -199,6 +199,7 @@ class JacobianOperator(ProblemOperator):
                 for i, row in enumerate(rows):
                     tangent = factor.jacobian.push(self.layout.views(row.contiguous()))
                     out[i] += _dot(tangent, factor.middle(tangent))
+                    del tangent
                 if factor.offset is not None:
                     centre = factor.offset.clone() if centre is None else centre.add_(factor.offset)
                 del factor

@@ -83,7 +83,8 @@ class InitialMatrix:
 
     gamma is ``s.y / y.y`` of the newest pair with V projected out, held in [1/lambda_1, reach/lambda_k], lambda_k
     being the smallest eigenvalue kept; without a basis it is the plain ``s.y / y.y``, without a pair 1/lambda_k. Where V
-    spans the whole space there is no bulk, and ``H0 = V diag(1/lambda) V^T``. H0 is positive definite by construction.
+    spans the whole space there is no bulk, and ``H0 = V diag(1/lambda) V^T``. H0 is positive definite but for
+    rounding; a direction that does not descend is dropped.
 
     Args:
         curvature: an operator, or ``"closure"``.
