@@ -185,7 +185,9 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
         if how.lr == 0.0:
             self.reason = "lr is 0: nothing moves"
         elif point.value == counts.stalled_at:
-            self.reason = counts.stall()
+            self.reason = (
+                f"nothing has changed since {counts.in_row} searches in a row failed at loss {point.value:.8g}"
+            )
         else:
             counts.stalled_at = math.nan
             counts.steps += 1

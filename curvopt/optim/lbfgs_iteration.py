@@ -148,7 +148,6 @@ class QuasiNewton:
             if route == routes[0] and abs(slope) * t <= _ROUNDING * torch.finfo(self.layout.dtype).eps * abs(
                 point.value
             ):
-                counts.stalled_at = point.value
                 return (
                     f"the loss {point.value:.8g} is exact to rounding: the slope predicts a change of {slope * t:.2g}"
                 )

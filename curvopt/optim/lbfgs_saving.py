@@ -30,7 +30,7 @@ class Counts:
         skipped: pairs without positive curvature.
         failures, in_row: line searches that failed, and how many since the last that did not.
         dropped: directions that did not descend.
-        stalled_at: the loss at which ten searches in a row had failed, or which is exact to rounding; NaN otherwise.
+        stalled_at: the loss at which ten searches in a row had failed; NaN otherwise.
     """
 
     steps: int = 0
@@ -41,12 +41,6 @@ class Counts:
     in_row: int = 0
     dropped: int = 0
     stalled_at: float = math.nan
-
-    def stall(self) -> str:
-        """Why a step that begins at ``stalled_at`` does nothing, in words."""
-        if self.in_row:
-            return f"nothing has changed since {self.in_row} searches in a row failed at loss {self.stalled_at:.8g}"
-        return f"nothing has changed since the last step: the loss {self.stalled_at:.8g} is exact to rounding"
 
 
 def export(opt: SubspaceLBFGS) -> None:

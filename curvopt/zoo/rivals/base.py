@@ -135,7 +135,7 @@ class Rival(torch.optim.Optimizer, ABC):
             return False
         self._refusals.row = 0
         if value == counts.stalled_at:
-            self.reason = counts.stall()
+            self.reason = f"nothing has changed since {counts.in_row} searches in a row failed at loss {value:.8g}"
             return False
         counts.stalled_at = math.nan
         counts.steps += 1
