@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvopt.curvature.data import Batch, map_tensors, tensors_in
+from curvopt.curvature.data import Batch, dense_parts, map_tensors, tensors_in
 from curvopt.curvature.graphs import StorageRecorder, saved_bytes
 from curvopt.curvature.jacobian import Outputs
 from curvopt.curvature.problem import Problem
@@ -56,7 +56,8 @@ class Cost:
         vector_bytes: of one vector (P,).
         peak_bytes: both together.
         source: "timed", "counted" (multiplications of a dry run) or "rule" (6 units a product against 3 a gradient: the
-            net has no matrix products to count, or refused the dry run, and then the bytes are those of vectors alone).
+            net has no matrix products to count, or refused the dry run, and then the bytes are those of vectors alone;
+            products by differences are whole gradients either way).
     """
 
     products: int
@@ -164,7 +165,7 @@ class _OnMeta:
             outputs = Outputs(self.problem._outputs(self.batch))
             try:
                 return outputs.tensors, _identity if middle is None else middle(self.batch, outputs)
-            except Exception:  # a loss that reads numbers, for one
+            except Exception:  # one that asks for the parameters themselves, as the second moment's does
                 return outputs.tensors, _identity
 
     @property
@@ -172,7 +173,7 @@ class _OnMeta:
         """Of the model's and the loss's buffers, of which each graph keeps a copy."""
         problem = self.problem
         buffers = {id(b): b for m in all_modules((problem.model, problem.loss_fn)) for b in m._buffers.values()}
-        return sum(b.nbytes for b in buffers.values() if b is not None)
+        return sum(part.nbytes for b in buffers.values() if b is not None for part in dense_parts(b))
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -243,8 +244,8 @@ def counted_differences(problem: Problem, setup: float, product: float) -> Cost:
     displacement, and the gradients that are subtracted.
     """
     vector = problem.layout.vector_bytes
-    working = 6 * vector + (_dry_run(problem, lambda meta: _plain_gradient(meta)[1]) or 0)
-    return Cost(1, setup, product, math.nan, 0, working, vector, "counted")
+    most = _dry_run(problem, lambda meta: _plain_gradient(meta)[1])
+    return Cost(1, setup, product, math.nan, 0, 6 * vector + (most or 0), vector, "rule" if most is None else "counted")
 
 
 def _dry_run(problem: Problem, work: Callable[[_OnMeta], Result]) -> Result | None:

@@ -106,6 +106,17 @@ def place(item: Any, device: torch.device) -> Any:
     return map_tensors(item, lambda t: t.to(device))
 
 
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that hold its numbers: itself, or indices and values of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
 def nbytes(item: Any) -> int:
     """Bytes of the tensors of a batch."""
     return sum(t.numel() * t.element_size() for t in tensors_in(item))

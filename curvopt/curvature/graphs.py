@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvopt._errors import CurvatureError, NonFiniteError
-from curvopt.curvature.data import Batch, tensors_in
+from curvopt.curvature.data import Batch, dense_parts, tensors_in
 from curvopt.curvature.problem import Problem
 from curvopt.curvature.quiet import Buffers, batched_gradients, gradients, tensors_of
 
@@ -110,7 +110,8 @@ def saved_bytes(tensors: Sequence[Tensor], besides: Sequence[Tensor] = ()) -> in
                     continue
         stack.extend(following for following, _ in node.next_functions)
     for t in besides:
-        sizes.pop(t.untyped_storage()._cdata, None)
+        for part in dense_parts(t):
+            sizes.pop(part.untyped_storage()._cdata, None)
     return sum(sizes.values())
 
 
@@ -150,9 +151,9 @@ class GradientGraph:
     @property
     def nbytes(self) -> int | None:
         """What is kept beside the parameters and the batch, read off the graph; None where it does not show."""
-        own = tensors_of(self.buffers)
+        own = [part for buffer in tensors_of(self.buffers) for part in dense_parts(buffer)]
         saved = saved_bytes([part for _, part in self.kept], [*self.problem.leaves, *self.data, *own])
-        return None if saved is None else saved + sum(buffer.untyped_storage().nbytes() for buffer in own)
+        return None if saved is None else saved + sum(part.nbytes for part in own)
 
     def multiply(self, out: Tensor, rows: Tensor, batched: bool = False) -> None:
         """Add the products with rows (m, P) to ``out`` (m, P), one after the other or in one vectorised pass."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -112,17 +111,15 @@ def batched_gradients(
     Raises:
         RuntimeError: memory does not suffice, or neither way can vectorise an operation (one that reads a number).
     """
-    with warnings.catch_warnings():  # where torch has no rule for an operation: whoever chose this pass has timed it
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    try:
+        return _mapped_gradients(outputs, inputs, grad_outputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         try:
-            return _mapped_gradients(outputs, inputs, grad_outputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            try:
-                return gradients(outputs, inputs, grad_outputs, retain_graph=True, is_grads_batched=True)
-            except RuntimeError:
-                raise error from None  # the newer way's words say more
+            return gradients(outputs, inputs, grad_outputs, retain_graph=True, is_grads_batched=True)
+        except RuntimeError:
+            raise error from None  # the newer way's words say more
 
 
 def _mapped_gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -96,7 +97,9 @@ class Route:
             return 3
         tried = slice(3, 3 + wide)
         try:
-            self.costs[BATCHED] = timed(lambda: multiply(rows[tried], out[tried], True), rows.device) / wide
+            with warnings.catch_warnings():  # where torch has no rule for an operation the trial shows what that costs
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                self.costs[BATCHED] = timed(lambda: multiply(rows[tried], out[tried], True), rows.device) / wide
         except (RuntimeError, NotImplementedError):  # out of memory, or an operation that can't be vectorised
             out[tried] = 0.0  # several batches: some may have been added
             self.choice = LOOP

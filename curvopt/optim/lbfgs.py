@@ -116,7 +116,7 @@ class SubspaceLBFGS(SubspaceOptimizer, torch.optim.Optimizer):
         layout = ParameterLayout([p for g in self.param_groups for p in g["params"] if p.requires_grad])
         self.reason = "no step was taken yet"
         self._engine = InitialMatrix(curvature, self._config, layout, self._schedule, closure)
-        self._quasi = QuasiNewton(layout, self._engine, self.defaults["history_size"])
+        self._quasi = QuasiNewton(layout, self._engine, int(self.param_groups[0]["history_size"]))
         saving.export(self)
 
     def _rebuild(self) -> None:

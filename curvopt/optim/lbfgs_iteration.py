@@ -98,8 +98,18 @@ class QuasiNewton:
             self.history = PairHistory(self.history_size, layout.total, layout.dtype, layout.device)
         return self.history
 
+    def _resize(self, size: int) -> None:
+        """Follow ``history_size`` of the groups: the youngest pairs stay."""
+        if size == self.history_size:
+            return
+        old, self.history, self.history_size = self.history, None, size
+        if old is not None:
+            for step, change in old.by_age()[-size:]:
+                self.pairs().push(step, change)
+
     def run(self, closure: Closure, point: Point, how: Settings) -> str:
         """Iterate from an evaluated point; returns why it ended."""
+        self._resize(how.history_size)
         first_call = self.counts.closure_calls - 1
         small_gradient, small_change = how.tolerance_grad, how.tolerance_change
         for done in range(1, how.max_iter + 1):

@@ -107,7 +107,7 @@ def check_saved(opt: SubspaceLBFGS, state_dict: Mapping[str, Any]) -> None:
     index = saved_index(state_dict, opt.param_groups)
     needed = {"basis": scalars.get("refreshes"), "steps": scalars["pairs"]}
     needed["changes"] = needed["products"] = scalars["pairs"]
-    for name, p, shapes in _expected(opt, int(opt.param_groups[0]["history_size"])):
+    for name, p, shapes in _expected(opt, opt._quasi.history_size):
         saved = state_dict["state"].get(index.get(id(p)), {})
         for key, shape in shapes.items():
             if key in saved and tuple(saved[key].shape) != shape:

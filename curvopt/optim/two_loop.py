@@ -61,6 +61,11 @@ class PairHistory:
         self.changes[slot].copy_(change)
         self.products[:, slot] = self.steps @ change
 
+    def by_age(self) -> list[tuple[Tensor, Tensor]]:
+        """The pairs (s, y) from the oldest to the newest, views."""
+        slots = [(self.head + i) % self.size for i in range(self.count)]
+        return [(self.steps[slot], self.changes[slot]) for slot in slots]
+
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
         """The last pair (s, y), views."""

@@ -38,14 +38,17 @@ def test_what_the_loss_keeps_of_wide_outputs_counts(loss, options):
     assert stated.source == "counted"
 
 
-def test_a_loss_that_refuses_the_meta_device_leaves_the_network_counted():
+def test_a_loss_that_reads_numbers_gets_the_rule():
     def reads(outputs, targets):
         return nn.functional.cross_entropy(outputs, targets) * float(1 + 0 * outputs.sum().item())
 
     model, data = wide_outputs()
     stated = GGN(model, reads, data, check=False, reduction="mean").cost(dry_run=True)
-    assert stated.graph_bytes == 0  # the plain gradient, the unit, needs the loss: the rule then
-    assert stated.source == "rule"
+    assert (stated.source, stated.graph_bytes) == ("rule", 0)
+    options = {"method": "finite_difference", "check": False, "reduction": "mean"}
+    stated = Hessian(model, reads, data, **options).cost(dry_run=True)
+    assert (stated.source, stated.gradients) == ("rule", 2.0)
+    assert stated.peak_bytes == 6 * stated.vector_bytes
 
 
 class WithTable(nn.Module):
@@ -74,6 +77,27 @@ def test_each_kept_graph_keeps_the_buffers_that_it_saw(kind, pieces):
         with op.hold():
             op @ torch.ones(op.shape[0])
             assert len(op._graphs) == min(pieces, 2)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_buffers_are_counted_by_what_holds_them(layout):
+    class OnAGraph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+            self.register_buffer("adjacency", getattr(torch.eye(9), layout)())
+
+        def forward(self, x):
+            return torch.tanh(self.layer(torch.sparse.mm(self.adjacency, x)))
+
+    torch.manual_seed(0)
+    model, data = OnAGraph(), (torch.randn(9, 6), torch.randint(4, (9,)))
+    op = Hessian(model, nn.CrossEntropyLoss(), data, check=False)
+    plain = Hessian(nn.Sequential(model.layer, nn.Tanh()), nn.CrossEntropyLoss(), data, check=False)
+    with op.hold(), plain.hold():
+        v = torch.randn(op.shape[0])
+        assert torch.allclose(op @ v, plain @ v, atol=1e-6)
+        assert op.graph_bytes > plain.graph_bytes
 
 
 def test_the_result_is_there_while_the_graph_is_built():

@@ -130,6 +130,33 @@ torch.save(out, sys.argv[2])
         assert repr(end["opt"]["param_groups"]) == repr(mine["param_groups"])
 
 
+def test_history_size_follows_the_group():
+    world = World()
+    opt = world.make(rank=0, history_size=9)
+    world.train(opt, 3)  # 15 iterations, so the ring has turned
+    pairs = [tuple(t.clone() for t in pair) for pair in opt._quasi.history.by_age()]
+    opt.param_groups[0]["history_size"] = 5
+    opt._quasi._resize(5)
+    kept = opt._quasi.history.by_age()
+    assert len(pairs) == 9
+    assert all(
+        torch.equal(a, b) for old, new in zip(pairs[-5:], kept, strict=True) for a, b in zip(old, new, strict=True)
+    )
+    world.train(opt, 1)
+    assert opt.stats()["pairs"] == 5
+    opt.load_state_dict(opt.state_dict())
+    assert opt.stats()["pairs"] == 5
+
+
+def test_after_the_state_of_torchs_lbfgs_ones_own_loads_again():
+    world = World()
+    opt = world.make(rank=0)
+    opt.load_state_dict(torch.optim.LBFGS(world.model.parameters()).state_dict())  # its history_size, 100, comes along
+    world.train(opt, 2)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.stats()["pairs"] > 0
+
+
 @each
 def test_saving_writes_each_number_once(variant, tmp_path):
     world = World()
