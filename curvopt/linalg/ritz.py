@@ -73,7 +73,8 @@ def power_image(
     images of the old space's Ritz vectors, orthonormalised from the most wanted on. The last row is a probe: a
     direction outside the basis that is powered along with it and changes places once it has found a new leader.
 
-    The host waits twice, for the small matrices and for the check of the new rows. Memory: the rows and a block of their
+    The host waits once for the small matrices, and again where the images are so far from orthogonal that they need a second
+    pass. Memory: the rows and a block of their
     size, in the careful case two.
 
     Args:
