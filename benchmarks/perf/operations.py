@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,20 +12,14 @@ _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.def
 _VIEW = torch.ops.aten._unsafe_view.default
 
 
-@dataclass(frozen=True)
-class Operations:
-    """What some work called.
+class Operations(TorchDispatchMode):
+    """Counts what a block calls.
 
     Attributes:
         launches: operations that are no mere view; on a device each launches one kernel at least.
         host_reads: numbers that the host asks for, each of which waits for the device.
     """
 
-    launches: int
-    host_reads: int
-
-
-class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches = self.host_reads = 0
@@ -37,8 +30,8 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(work: Callable[[], object]) -> Operations:
-    """Run ``work`` once and count."""
-    with _Counter() as counter:
+def launches(work: Callable[[], object]) -> int:
+    """Of one call of ``work``."""
+    with Operations() as counted:
         work()
-    return Operations(counter.launches, counter.host_reads)
+    return counted.launches

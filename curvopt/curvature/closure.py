@@ -125,7 +125,7 @@ class ClosureHessian(SymmetricOperator):
             products: how many.
             dry_run: makes no difference.
         """
-        vector = self.shape[0] * self.dtype.itemsize
+        vector = self.layout.vector_bytes
         setup, each = (2.0, 1.0) if self.scheme == "forward" else (1.0, 2.0)
         return Cost(products, setup, each, math.nan, 0, 6 * vector, vector, "counted")
 

@@ -30,6 +30,7 @@ from curvopt.curvature.quiet import (
     substituted,
     swapped_buffers,
     tensor_attributes_kept,
+    tensors_of,
 )
 from curvopt.curvature.routes import timed
 
@@ -131,10 +132,6 @@ def fitted(
     )
 
 
-def _identity(tangent: Any) -> Any:
-    return tangent
-
-
 class _OnMeta:
     """A problem's function at meta copies of its parameters, buffers and first batch."""
 
@@ -159,35 +156,35 @@ class _OnMeta:
         with self._in_place():
             return self.problem.call(self.batch)[1]
 
-    def outputs(self, middle: MakeMiddle | None = None) -> tuple[list[Tensor], Callable[[Any], Any]]:
-        """The model's outputs, meta tensors with a graph, and B at them (the identity where it refuses such tensors)."""
+    def forward(self) -> Any:
+        """The model's outputs, meta tensors with a graph."""
+        with self._in_place():
+            return self.problem._outputs(self.batch)
+
+    def outputs(self, middle: MakeMiddle) -> tuple[list[Tensor], Callable[[Any], Any]]:
+        """The tensors among them, and B at them."""
         with self._in_place():
             outputs = Outputs(self.problem._outputs(self.batch))
-            try:
-                return outputs.tensors, _identity if middle is None else middle(self.batch, outputs)
-            except Exception:  # one that asks for the parameters themselves, as the second moment's does
-                return outputs.tensors, _identity
+            return outputs.tensors, middle(self.batch, outputs)
 
     @property
     def buffer_bytes(self) -> int:
         """Of the model's and the loss's buffers, of which each graph keeps a copy."""
-        problem = self.problem
-        buffers = {id(b): b for m in all_modules((problem.model, problem.loss_fn)) for b in m._buffers.values()}
-        return sum(part.nbytes for b in buffers.values() if b is not None for part in dense_parts(b))
+        modules = all_modules((self.problem.model, self.problem.loss_fn))
+        return sum(part.nbytes for b in tensors_of([(m, m._buffers) for m in modules]) for part in dense_parts(b))
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Let the model see meta tensors for the block, whatever it assigns, and nothing of this world."""
         problem = self.problem
-        old = [*problem.layout.params, *self._others]
-        new = [*self.leaves, *self._twins]
         modules = all_modules((problem.model, problem.loss_fn))
         buffers: Buffers = [
             (m, {n: None if b is None else torch.empty_like(b, device="meta") for n, b in m._buffers.items()})
             for m in modules
         ]
         with (
-            substituted((problem.model, problem.loss_fn), old, new),
+            problem.substituted(self.leaves),
+            substituted((problem.model, problem.loss_fn), self._others, self._twins),
             swapped_buffers(buffers),
             tensor_attributes_kept(modules),
             modes(problem.model, modules, problem.mode),
@@ -267,35 +264,33 @@ def _plain_gradient(meta: _OnMeta) -> tuple[int, int]:
 def _counted(meta: _OnMeta, middle: MakeMiddle | None) -> _Count:
     plain, most = _plain_gradient(meta)
     live = [leaf for leaf in meta.leaves if leaf.requires_grad]
-    made: list[Any] = []
-
-    def record() -> Any:
-        if middle is None:
-            return torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True)
-        outputs, between = meta.outputs(middle)
-        dummies = [torch.empty_like(o, requires_grad=True) for o in outputs]
-        made.extend((outputs, dummies, between))
-        return torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
-
     recorder = StorageRecorder(meta.given, follow=True)
     with recorder:
-        slopes, setup = _flops(record)
+        if middle is None:
+            slopes, setup = _flops(lambda: torch.autograd.grad(meta.loss(), live, create_graph=True, allow_unused=True))
+        else:  # uncounted: the counter's hooks refuse a loss module that is given outputs cut off from the model
+            outputs, between = meta.outputs(middle)
+            dummies = [torch.empty_like(o, requires_grad=True) for o in outputs]
+            slopes, pull = _flops(
+                lambda: torch.autograd.grad(outputs, live, dummies, create_graph=True, allow_unused=True)
+            )
     used = [g for g in slopes if g is not None and g.requires_grad]
     size = saved_bytes(used, meta.given) if middle is None else None
     if size is None:  # packed by hooks, or B keeps something too
         size = recorder.alive()
     size += meta.buffer_bytes
-    if middle is not None and meta.problem.layout.device.type == "cpu":
-        setup = _flops(meta.outputs)[1]  # the pull is recorded at zero, and zeros are not multiplied
+    if middle is not None:
+        setup = _flops(meta.forward)[1]
+        if meta.problem.layout.device.type != "cpu":  # there the pull is recorded at zero, and zeros are not multiplied
+            setup += pull
     rows = [torch.empty_like(g) for g in used]
 
     def product() -> None:
         if middle is None:
             torch.autograd.grad(used, live, rows, retain_graph=True, allow_unused=True)
             return
-        outputs, dummies, between = made
-        tangent = torch.autograd.grad(used, dummies, rows, retain_graph=True, allow_unused=True)
-        tangent = [torch.empty_like(d) if t is None else t for t, d in zip(tangent, dummies, strict=True)]
+        found = torch.autograd.grad(used, dummies, rows, retain_graph=True, allow_unused=True)
+        tangent = [torch.empty_like(d) if t is None else t for t, d in zip(found, dummies, strict=True)]
         torch.autograd.grad(outputs, live, between(tangent), retain_graph=True, allow_unused=True)
 
     before, recorder.peak = recorder.peak, 0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.perf.operations import operations
+from benchmarks.perf.operations import launches
 from curvopt.curvature import Hessian, Problem
 from curvopt.curvature.quiet import mixed_seed
 from tests.curvature.conftest import explicit
@@ -101,12 +101,12 @@ def test_a_vectorised_pass_calls_no_kernel_once_a_column():
     """torch's older vectorisation has no rule for tanh and log-softmax and loops over the columns."""
     op = build(BY_NAME["mlp"], route="batched")
 
-    def launches(columns):
-        return operations(lambda: op.multiply_rows(torch.ones(columns, op.shape[0], dtype=torch.float64))).launches
+    def block(columns):
+        return launches(lambda: op.multiply_rows(torch.ones(columns, op.shape[0], dtype=torch.float64)))
 
     with op.hold():
-        launches(2)
-        assert launches(12) == launches(2)
+        block(2)
+        assert block(12) == block(2)
 
 
 def test_no_batched_pass_beyond_the_memory_budget():
@@ -124,10 +124,10 @@ def test_a_pinned_vectorised_pass_keeps_to_the_budget_from_the_first_block():
         size = op.graph_bytes
     v = torch.ones(12, op.shape[0], dtype=torch.float64)
     pinned = build(BY_NAME["mlp"], route="batched", graph_budget=3 * size)
-    first = operations(lambda: pinned.multiply_rows(v)).launches  # it has to build the graph beside
-    assert operations(lambda: pinned.multiply_rows(v)).launches == first  # four passes of three columns each
+    first = launches(lambda: pinned.multiply_rows(v))  # four passes of three columns each, and the graph
+    assert launches(lambda: pinned.multiply_rows(v)) == first
     whole = build(BY_NAME["mlp"], route="batched", graph_budget=12 * size)
-    assert operations(lambda: whole.multiply_rows(v)).launches < first
+    assert launches(lambda: whole.multiply_rows(v)) < first
 
 
 class SlopeOfCube(torch.autograd.Function):

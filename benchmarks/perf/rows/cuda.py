@@ -10,7 +10,7 @@ from torch import Tensor
 
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, figure, gradient
-from benchmarks.perf.operations import operations
+from benchmarks.perf.operations import launches
 from benchmarks.perf.record import OURS, Figure, Row
 from benchmarks.perf.rows.refreshes import DIFFERENCES, LATER, warm
 from benchmarks.perf.rows.solvers import TRUE_RESIDUAL
@@ -32,7 +32,7 @@ def block(lab: Lab) -> list[Row]:
     rows = lab.vectors(operator.shape[0], 10)
     with operator.hold():
         operator.multiply_rows(rows)  # the graph, and the trial of routes on a device
-        one, many = (operations(partial(operator.multiply_rows, some)).launches for some in (rows[:1], rows))
+        one, many = (launches(partial(operator.multiply_rows, some)) for some in (rows[:1], rows))
         words = (
             f"{many} operations that write, {one} of one product: what it comes to where nothing but launches counts"
         )

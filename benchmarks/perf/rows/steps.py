@@ -13,11 +13,10 @@ import torch
 import curvopt
 from benchmarks.perf.lab import EXACT_STEP, Lab, gradient
 from benchmarks.perf.memory import peak_bytes
-from benchmarks.perf.operations import operations
+from benchmarks.perf.operations import Operations
 from benchmarks.perf.problems import order
 from benchmarks.perf.record import OURS, Figure, Row
 from curvopt.curvature.routes import timed
-from curvopt.linalg import EigenResult
 from curvopt.optim import rules
 
 
@@ -177,9 +176,9 @@ def host_reads(lab: Lab) -> list[Row]:
     lab.say("host reads")
     t = lab.trained("mlp")
     operator = curvopt.Hessian(t.at(EXACT_STEP), t.loss_fn, t.curvature_batch, check=False)
-    solutions: list[EigenResult] = []
-    reads = operations(lambda: solutions.append(curvopt.eigsh(operator, 10, tol=1e-3, guard=0))).host_reads
-    found = solutions[0]
+    with Operations() as counted:
+        found = curvopt.eigsh(operator, 10, tol=1e-3, guard=0)
+    reads = counted.host_reads
     row = Row("numbers read by the host in a cold top ten", "mlp", "reads a product")
     words = f"{reads} in {found.matvecs} products and {found.restarts} restarts"
     row.figures = [Figure(OURS, reads / found.matvecs, evidence=words)]
